@@ -1,0 +1,33 @@
+# Everything runs in a virtual environment of the project's own, .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/run
+	$(BIN)/python make_demo_parquet.py
+	$(BIN)/python prepare_single_parquet.py data/demo/train --out_dir=data/demo --val_fraction=0.02 --overwrite
+	rm -rf out-demo
+	$(BIN)/python train.py config/train_demo.py
+	$(BIN)/python sample.py --out_dir=out-demo --num_samples=3 --max_new_tokens=200
+	@echo "The loss picture is out-demo/loss.png"
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis out-demo data/demo
+
+$(VENV)/run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/run
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,32 @@
+# A 30M model for a first evening on the same data: 6 layers, 6 heads, 384 wide (it was noted as 84M).
+
+out_dir = "out-fineweb-single-parquet-small"
+eval_interval = 500
+eval_iters = 200
+log_interval = 50
+always_save_checkpoint = True
+
+wandb_log = True  # optional: without wandb, a key or a network the run goes on, and says so
+wandb_project = "fineweb"
+wandb_run_name = "30M-single-parquet-4070"
+
+dataset = "fineweb"
+gradient_accumulation_steps = 32
+batch_size = 16
+block_size = 1024
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.0
+bias = False
+
+learning_rate = 6e-4
+max_iters = 8000
+warmup_iters = 500
+lr_decay_iters = 8000
+min_lr = 6e-5
+beta2 = 0.99
+weight_decay = 0.1
+
+compile = True

@@ -1,0 +1,92 @@
+"""
+What a run will take, before it starts: tokens, memory by part, hours; and what to change where it does not fit.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from backend import DTYPES
+from loss import CHUNK_ROWS
+from model import GPT, GPTConfig
+from train_config import TrainConfig
+from trainer import model_args
+from words import duration
+
+GB = 1e9
+# What training reaches of the speed of large matrix products alone. On the RTX 4070, rated at 58 TFLOP/s, nanoGPT was
+# reported to reach 48 %, nanochat 84 %.
+UTILISATION = 0.7
+RESERVE = 0.7 * GB  # bytes beside the tensors, assumed: the CUDA context, and what the allocator cannot use
+
+
+def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: float):
+    """
+    Prints what the run takes on this device, whose matrix products reach `ceiling` TFLOP/s; or on the one that
+    config.plan_vram_gb and config.plan_tflops describe. The bins need not be there yet.
+    """
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**model_args(config)))
+    if config.plan_vram_gb and config.dtype == "auto":
+        dtype = "bfloat16"  # whatever this machine has
+    total, train_bin = config.max_iters * config.tokens_per_iter, Path("data") / config.dataset / "train.bin"
+    epochs = f"no {train_bin} yet"
+    if train_bin.exists():
+        train_tokens = train_bin.stat().st_size // 2
+        epochs = f"{total / max(train_tokens, 1):.2f} epochs of {train_tokens:,}"
+    memory = predict_memory(model, config.batch_size, dtype)
+    parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in memory.items())
+    print(f"parameters: {model.get_num_params() / 1e6:.2f}M, {model.flops_per_token() / 1e6:,.0f} MFLOP per token")
+    print(f"tokens: {config.tokens_per_iter:,} per iteration, {config.max_iters:,} iterations, {total:,}; {epochs}")
+    print(f"memory: {sum(memory.values()) / GB:.1f} GB at the peak ({parts})")
+    print(f"fits: {judge_fit(config, model, device, dtype)}")
+    speed, source = config.plan_tflops, f"{config.plan_tflops:g} TFLOP/s, as given"
+    if not speed:
+        speed, source = ceiling * UTILISATION, f"{UTILISATION:.0%} (assumed) of {ceiling:.2f} TFLOP/s, measured here"
+    print(f"time: {duration(model.flops_per_token() * total / speed / 1e12)} at {source}; evaluations come on top")
+
+
+def predict_memory(model: GPT, batch_size: int, dtype: str) -> dict[str, float]:
+    """
+    Bytes by part at the peak of a training step: in the head of a later micro-batch, when the gradients of the earlier
+    ones are there. Within 4 % of what benchmarks/memory.py finds in eager mode; torch.compile saves the same tensors.
+    """
+    shape, wide = model.config, 4
+    narrow = DTYPES[dtype].itemsize
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    matrices = sum(parameter.numel() for parameter in model.transformer.h.parameters() if parameter.dim() > 1)
+    # Of each token in each block: the residual stream twice in float32; then two norms, query, key and value,
+    # attention's output as saved and as merged, and the MLP's four-fold width before and after GELU.
+    saved = 2 * wide + (2 + 3 + 2 + 2 * 4) * narrow + (2 if shape.dropout else 0)
+    tokens = batch_size * shape.block_size
+    head_weight, chunk = shape.vocab_size * shape.n_embd, min(CHUNK_ROWS, tokens) * shape.vocab_size
+    return {
+        "weights": wide * parameters,
+        "gradients": wide * parameters,
+        "optimizer": 2 * wide * parameters,
+        "activations": tokens * shape.n_layer * saved * shape.n_embd + (narrow * matrices if narrow < wide else 0),
+        "head": chunk * (wide + 2 * narrow) + head_weight * (wide + narrow) + 2 * tokens * shape.n_embd * narrow,
+    }
+
+
+def judge_fit(config: TrainConfig, model: GPT, device: torch.device, dtype: str) -> str:
+    """Whether the memory suffices, and the largest micro-batch for which it does."""
+    if config.plan_vram_gb:
+        free, name = config.plan_vram_gb * GB - RESERVE, f"a card of {config.plan_vram_gb:g} GB"
+    elif device.type == "cuda":
+        free, name = torch.cuda.mem_get_info(device)[0] - RESERVE, torch.cuda.get_device_name(device)
+        free = min(free, config.vram_limit_gb * GB or free)
+    elif hasattr(os, "sysconf"):
+        free, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+    else:
+        return "not known for this machine"
+    windows = config.batch_size * config.gradient_accumulation_steps
+    sizes = [size for size in range(1, config.batch_size + 1) if windows % size == 0]
+    fitting = [size for size in sizes if sum(predict_memory(model, size, dtype).values()) <= free]
+    if config.batch_size in fitting:
+        return f"yes, in {free / GB:.1f} GB free on {name}"
+    if not fitting:
+        return f"no, not even with batch_size=1: {name} has {free / GB:.1f} GB free; shrink the model or block_size"
+    change = f"--batch_size={fitting[-1]} --gradient_accumulation_steps={windows // fitting[-1]}"
+    return f"no: {name} has {free / GB:.1f} GB free; the same training fits with {change}"

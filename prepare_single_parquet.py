@@ -1,0 +1,319 @@
+"""
+Turns FineWeb parquet files into data/fineweb/{train,val}.bin and meta.json.
+
+    python prepare_single_parquet.py data/fineweb/train/000_00000.parquet
+    python prepare_single_parquet.py FILE_OR_FOLDER ... --out_dir=data/fineweb --val_fraction=0.005
+
+Each document becomes its GPT-2 ids and one end-of-text token; every 200th goes to val.bin. The bins are nanoGPT's:
+little-endian uint16 without a header. Stopped at any moment, the same command goes on where it was.
+"""
+
+import collections
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from bins import SPLITS, BinsWriter, check_bin, clear_work, is_complete, read_meta
+from configurator import configure, read_config_file, setting
+from files import make_folder
+from parquet_reader import Batch, Source, find_parquets, fingerprint, open_source, read_batches
+from tokenizer import EOT, VOCAB_SIZE, encode_documents, read_ranks
+
+DEFAULT_FOLDER = Path("data/fineweb/train")
+CONFIG_FILE = Path(__file__).parent / "config" / "train_fineweb_4070.py"
+CHECKPOINT_S = 2  # seconds of work that a power cut may cost
+IN_FLIGHT = 2 << 20  # bytes of text handed to each worker and not yet written: ten batches of web text
+BYTES_PER_TOKEN = 4  # English has 4.3 and more, so this errs on the safe side
+COUNTERS = {"empty_documents": 0, "text_bytes": 0, "token_counts_compared": 0, "token_counts_differing": 0}
+
+
+@dataclass
+class PrepareConfig:
+    paths: list = field(default_factory=list)  # what is named without a key: files and folders
+    out_dir: str = setting("data/fineweb", "folder for train.bin, val.bin and meta.json")
+    text_column: str = setting("text", "the column to read")
+    val_fraction: float = setting(0.005, "share of the documents that go to val.bin")
+    num_workers: int = setting(0, "threads that tokenize; 0: one for each core. The result is the same")
+    max_documents: int = setting(0, "stop after so many documents; 0: take all")
+    max_tokens: int = setting(0, "stop after the document that reaches so many tokens; 0: take all")
+    overwrite: bool = setting(False, "replace other bins in out_dir")
+    verify: bool = setting(False, "only check the bins in out_dir against meta.json")
+
+    def __post_init__(self):
+        problems = [
+            f"{key} must not be negative"
+            for key in ("num_workers", "max_documents", "max_tokens")
+            if getattr(self, key) < 0
+        ]
+        if not 0 < self.val_fraction < 1:
+            problems.append(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @functools.cached_property
+    def val_share(self) -> Fraction:
+        """val_fraction exactly as written: 0.005 is 1/200."""
+        return Fraction(str(self.val_fraction))
+
+
+def main(arguments: list[str]):
+    config = configure(PrepareConfig, arguments, __doc__)
+    out_dir, started = Path(config.out_dir), time.monotonic()
+    if config.verify:
+        verify(out_dir)
+        return
+    read_ranks()  # a damaged rank file ends it here
+    sources = [open_source(path, config.text_column) for path in find_parquets(config.paths, DEFAULT_FOLDER)]
+    job = describe_job(config, sources)
+    if is_complete(out_dir, job) and not config.overwrite:
+        clear_work(out_dir)
+        print(f"{out_dir} is complete already: nothing to do (--overwrite prepares it again, --verify checks it)")
+        return
+    make_folder(out_dir)
+    try:
+        with contextlib.closing(BinsWriter(out_dir, job, COUNTERS, config.overwrite)) as writer:
+            demand_space(config, sources, writer)
+            first_token = writer.tokens
+            convert(config, sources, writer)
+            lengths = finish(writer)
+    except OSError as error:
+        raise SystemExit(f"\n{out_dir}: {error.strerror}; mend that, and the same command goes on from here") from None
+    report(writer.state, lengths, writer.tokens - first_token, time.monotonic() - started)
+
+
+def describe_job(config: PrepareConfig, sources: list[Source]) -> dict:
+    """All that determines the content of the bins; JSON. Two equal jobs give the same bins bit for bit."""
+    keys = ("text_column", "val_fraction", "max_documents", "max_tokens")
+    settings = {key: getattr(config, key) for key in keys}
+    return {"settings": settings, "sources": [fingerprint(source) for source in sources]}
+
+
+def demand_space(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
+    """Raises SystemExit if the disk has too little room for what is still to be written, as far as can be foreseen."""
+    rows = sum(source.rows for source in sources)
+    tokens = sum(source.text_bytes for source in sources) / BYTES_PER_TOKEN + rows  # one end-of-text each
+    if config.max_documents:
+        tokens *= min(1, config.max_documents / max(rows, 1))
+    if config.max_tokens:
+        tokens = min(tokens, config.max_tokens)
+    needed, free = 2 * (tokens - writer.tokens), shutil.disk_usage(writer.out_dir).free
+    if needed > free:
+        if not writer.tokens:
+            writer.discard()
+        raise SystemExit(
+            f"{writer.out_dir}: about {needed / 1e6:,.1f} MB are to be written, but only {free / 1e6:,.1f} are free; "
+            f"make room, or choose another --out_dir or a smaller --max_tokens"
+        )
+
+
+def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
+    """Tokenizes what the writer has not got yet. Documents stay in order, so rows done is the whole position."""
+    state, progress = writer.state, Progress(config, sources, writer)
+    if state["rows"]:
+        print(f"continuing at row {state['rows']:,}")
+    batches = read_batches(sources, state["rows"])
+    for batch, tokenized in tokenize_in_order(batches, config.num_workers or cores()):
+        for i, (ids, text_bytes) in enumerate(tokenized):
+            if reached_limit(config, writer):
+                return
+            write_document(config, writer, ids, text_bytes)
+            compare_count(state, batch, i, max(len(ids) - 1, 0))
+        if progress.is_due():
+            writer.checkpoint()
+            progress.show()
+    progress.show()
+
+
+def tokenize_in_order(batches, num_workers: int):
+    """
+    Yields (batch, its tokenized documents) in order. Threads do the work, because tiktoken lets go of Python's lock;
+    processes were no faster (benchmarks/prepare.json).
+    """
+    pool, waiting, in_flight = ThreadPoolExecutor(num_workers), collections.deque(), 0
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(tokenize, batch)))
+            in_flight += batch.documents.nbytes
+            while in_flight > IN_FLIGHT * num_workers:
+                batch, future = waiting.popleft()
+                in_flight -= batch.documents.nbytes
+                yield batch, future.result()
+        for batch, future in waiting:
+            yield batch, future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def tokenize(batch: Batch) -> list[tuple[np.ndarray, int]]:
+    """For each row the ids with end-of-text, uint16, none for a null or empty document; and the bytes of its text."""
+    rows = [document or b"" for document in batch.documents.to_pylist()]
+    ids = encode_documents([document for document in rows if document])
+    ends = iter(np.flatnonzero(ids == EOT) + 1)
+    tokenized, start = [], 0
+    for document in rows:
+        end = next(ends) if document else start
+        tokenized.append((ids[start:end], len(document)))
+        start = end
+    return tokenized
+
+
+def write_document(config: PrepareConfig, writer: BinsWriter, ids: np.ndarray, text_bytes: int):
+    """To val.bin goes each document at which its number * val_fraction passes a whole number: 0, 200, 400, ..."""
+    writer.state["rows"] += 1
+    writer.state["text_bytes"] += text_bytes
+    if not text_bytes:
+        writer.state["empty_documents"] += 1
+        return
+    share = config.val_share
+    is_val = writer.documents * share.numerator % share.denominator < share.numerator
+    writer.write("val" if is_val else "train", ids)
+
+
+def compare_count(state: dict, batch: Batch, i: int, tokens: int):
+    """Against the file's own token_count; the first ten differences are printed, all are counted."""
+    expected = batch.token_counts[i]
+    if expected is None:
+        return
+    state["token_counts_compared"] += 1
+    if tokens != expected:
+        state["token_counts_differing"] += 1
+        if state["token_counts_differing"] <= 10:
+            where = f"{batch.source.path}: row group {batch.row_group}, row {batch.row + i}"
+            print(f"{where}: {tokens} tokens, but token_count is {expected}")
+
+
+def reached_limit(config: PrepareConfig, writer: BinsWriter) -> bool:
+    return 0 < config.max_documents <= writer.documents or 0 < config.max_tokens <= writer.tokens
+
+
+class Progress:
+    """A line on how far it is, on a terminal always the same one."""
+
+    def __init__(self, config: PrepareConfig, sources: list[Source], writer: BinsWriter):
+        self.config, self.writer, self.total_rows = config, writer, sum(source.rows for source in sources)
+        self.first_rows, self.first_tokens, self.first_done = writer.state["rows"], writer.tokens, self._done()
+        self.started = self.shown = time.monotonic()
+
+    def _done(self) -> float:
+        """The part of the work that is done, 0 to 1, by whichever limit is nearest."""
+        writer, config = self.writer, self.config
+        parts = [(writer.state["rows"], self.total_rows)]
+        parts += [(writer.documents, config.max_documents), (writer.tokens, config.max_tokens)]
+        return max(done / total for done, total in parts if total) if self.total_rows else 1.0
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.shown > CHECKPOINT_S
+
+    def show(self):
+        self.shown = time.monotonic()
+        seconds, done, rows = max(self.shown - self.started, 1e-3), min(self._done(), 1.0), self.writer.state["rows"]
+        eta = seconds * (1 - done) / max(done - self.first_done, 1e-9)
+        print(
+            f"{rows:,} of {self.total_rows:,} documents, {(rows - self.first_rows) / seconds:,.0f} documents/s, "
+            f"{(self.writer.tokens - self.first_tokens) / seconds / 1e6:.2f} M tokens/s, ETA {eta:.0f} s   ",
+            end="\r" if sys.stdout.isatty() else "\n",
+            flush=True,
+        )
+
+
+def finish(writer: BinsWriter) -> collections.Counter:
+    """Puts the bins in place. Raises SystemExit, and leaves nothing, if a split would be empty."""
+    state = writer.state
+    empty = [split for split in SPLITS if not state[split]["documents"]]
+    if empty:
+        writer.discard()
+        raise SystemExit(
+            f"nothing for {' and '.join(f'{split}.bin' for split in empty)}: the {state['rows']:,} rows hold "
+            f"{writer.documents:,} documents with text; give more, or another --val_fraction"
+        )
+    about = {"encoding": "gpt2", "vocab_size": VOCAB_SIZE, "eot": EOT, "dtype": "uint16"}
+    return writer.finish(about | {key: state[key] for key in COUNTERS})
+
+
+def report(state: dict, lengths: collections.Counter, new_tokens: int, seconds: float):
+    """The summary, one `key: value` a line, and what the shipped config makes of these bins."""
+    tokens, documents = (sum(state[split][what] for split in SPLITS) for what in ("tokens", "documents"))
+    compared, differing = state["token_counts_compared"], state["token_counts_differing"]
+    verdict = f"{differing:,} of {compared:,} documents differ" if differing else f"equal in all {compared:,} documents"
+    spread = f"median {quantile(lengths, 0.5):,}, p90 {quantile(lengths, 0.9):,}, max {max(lengths):,}"
+    print(
+        f"\ndocuments: {documents:,}\n"
+        f"empty_documents_skipped: {state['empty_documents']:,}\n"
+        f"tokens: {tokens:,} (with one end-of-text for each document)\n"
+        f"train_tokens: {state['train']['tokens']:,}\n"
+        f"val_tokens: {state['val']['tokens']:,}\n"
+        f"token_count_column: {verdict if compared else 'none to compare with'}\n"
+        f"tokens_per_document: {spread}\n"
+        f"bytes_per_token: {state['text_bytes'] / (tokens - documents):.2f}\n"
+        f"seconds: {seconds:.1f}\n"
+        f"tokens_per_s: {new_tokens / seconds:,.0f}\n"
+        f"peak_memory_mb: {peak_memory_mb()}"
+    )
+    print(what_the_config_makes_of(state["train"]["tokens"]))
+
+
+def quantile(counts: collections.Counter, q: float) -> int:
+    """The smallest value that at least the share `q` of the counted values does not exceed."""
+    values = sorted(counts)
+    cumulated = np.cumsum([counts[value] for value in values])
+    return values[np.searchsorted(cumulated, q * cumulated[-1])]
+
+
+def what_the_config_makes_of(tokens: int) -> str:
+    try:
+        config = read_config_file(str(CONFIG_FILE))
+        per_iter = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
+        seen = per_iter * config["max_iters"]
+    except (ValueError, KeyError, TypeError) as problem:
+        return f"config/{CONFIG_FILE.name} says nothing of its length ({problem})"
+    return (
+        f"config/{CONFIG_FILE.name}: {per_iter:,} tokens per iteration, one epoch is {tokens / per_iter:,.1f} "
+        f"iterations, its {config['max_iters']:,} are {seen / 1e9:.2f} billion tokens or {seen / tokens:.2f} epochs"
+    )
+
+
+def verify(out_dir: Path):
+    """Reads both bins again and holds them against meta.json. Raises SystemExit where they differ."""
+    meta = read_meta(out_dir)
+    for split in SPLITS:
+        path, expected = out_dir / f"{split}.bin", meta.get(split)
+        if not path.exists() or not isinstance(expected, dict) or set(expected) != {"tokens", "documents", "sha256"}:
+            raise SystemExit(f"{out_dir}: has no {split}.bin with a meta.json to check it against; prepare it first")
+        check_bin(path, **expected)
+        print(f"{path}: good, {expected['tokens']:,} tokens in {expected['documents']:,} documents")
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory_mb() -> str:
+    """The largest memory this process ever held, in MB."""
+    with contextlib.suppress(OSError):  # Linux; its getrusage would count the memory of the parent at the fork
+        status = Path("/proc/self/status").read_text().splitlines()
+        return f"{sum(int(line.split()[1]) for line in status if line.startswith('VmHWM')) * 1024 / 1e6:,.0f}"
+    with contextlib.suppress(ImportError):  # macOS, in bytes
+        import resource
+
+        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:,.0f}"
+    return "unknown on Windows"
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", flush=True)
+        os._exit(130)  # at once, though a thread may still be busy with a very long document

@@ -1,0 +1,96 @@
+"""What the tests share: running a stage script as a user does, and what every refusal must look like."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script, *args, cwd=None, env=None):
+    """Runs a script of the project to its end; env changes the environment (None removes). Returns text output."""
+    command = [sys.executable, ROOT / script, *map(str, args)]
+    # One thread: more only wait for one another in models this small.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    env = {key: value for key, value in env.items() if value is not None}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def assert_one_sentence(result, words):
+    """A refusal: not zero, one line on stderr with these words in it, no traceback."""
+    assert result.returncode not in (0, None)
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def write_parquet(path, texts, row_group_size=100, **columns):
+    """A parquet file with a text column (a list or an Arrow array) and others."""
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": texts, **columns}), path, row_group_size=row_group_size)
+    return path
+
+
+def gpt2_of(checkpoint):
+    """transformers' GPT-2 with the weights of one of our checkpoints."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    args = checkpoint["model_args"]
+    config = GPT2Config(
+        vocab_size=args["vocab_size"], n_positions=args["block_size"], n_embd=args["n_embd"], n_layer=args["n_layer"],
+        n_head=args["n_head"], activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    weights = {}
+    for name, like in model.state_dict().items():
+        value = checkpoint["model"].get(name, torch.zeros_like(like))  # the biases that bias=False lacks
+        weights[name] = value.T if re.search(r"(c_attn|c_proj|c_fc)\.weight", name) else value
+    model.load_state_dict(weights)
+    return model
+
+
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "gradient_accumulation_steps": 2,
+    "max_iters": 45, "lr_decay_iters": 45, "warmup_iters": 5, "learning_rate": 1e-2, "min_lr": 1e-3,
+    "eval_interval": 20, "eval_iters": 1, "device": "cpu", "compile": False,
+}  # fmt: skip
+VOCAB_SIZE = 250  # padded to 256 by train.py
+
+
+def make_bins(folder, vocab_size=VOCAB_SIZE, val_tokens=2500):
+    """Bins that are easy to learn: a walk over the ids whose next step depends on the last id, with noise."""
+    random = np.random.default_rng(0)
+    successor = random.permutation(vocab_size)
+    for split, n_tokens in (("train", 20_000), ("val", val_tokens)):
+        ids = np.zeros(n_tokens, np.uint16)
+        for i in range(1, n_tokens):
+            ids[i] = successor[ids[i - 1]] if random.random() < 0.9 else random.integers(vocab_size)
+        ids.astype("<u2").tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bins(tmp_path_factory):
+    return make_bins(tmp_path_factory.mktemp("bins"))
+
+
+def train(bins, out_dir, *, env=None, **changes):
+    settings = {**TINY, "dataset": bins, "out_dir": out_dir, **changes}
+    return run("train.py", *(f"--{key}={value}" for key, value in settings.items()), env=env)
+
+
+def metrics(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def load(out_dir, name="ckpt.pt"):
+    return torch.load(out_dir / name, weights_only=True)

@@ -1,0 +1,302 @@
+"""configurator.py: what a user types, in a config file or as a flag, and what comes of it."""
+
+import builtins
+import dataclasses
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from conftest import ROOT, assert_one_sentence, run
+
+import configurator
+from configurator import configure, read_config_file, setting
+from sample import SampleConfig
+from train_config import TrainConfig
+
+
+@dataclass
+class Settings:
+    out_dir: str = setting("out", "where things go")
+    max_iters: int = setting(100, "how long")
+    learning_rate: float = setting(6e-4, "how fast")
+    compile: bool = setting(True, "slow to start, then faster")
+    eval_only: bool = setting(False, "evaluate once and stop")
+
+    def __post_init__(self):
+        if self.out_dir == "nowhere":
+            raise ValueError("out_dir must be somewhere")
+
+
+def settings(*arguments):
+    return configure(Settings, list(map(str, arguments)), "what the script does")
+
+
+def refusal(*arguments, cls=Settings) -> list[str]:
+    """The lines of the message that ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        configure(cls, list(map(str, arguments)), "")
+    assert isinstance(stop.value.code, str)  # Python prints it to stderr and exits with 1
+    return stop.value.code.splitlines()
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text, name="settings.py"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+# ---- what is accepted
+
+
+def test_no_argument_gives_the_defaults():
+    assert settings() == Settings("out", 100, 6e-4, True, False)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--eval_only", True),
+        ("--eval_only=true", True),
+        ("--eval_only=True", True),
+        ("--compile=false", False),
+        ("--compile=False", False),
+        ("--max_iters=7", 7),
+        ("--max_iters=-7", -7),
+        ("--learning_rate=1", 1.0),
+        ("--learning_rate=5e-4", 5e-4),
+        ("--learning_rate=-.5", -0.5),
+        ("--out_dir=a b/c", "a b/c"),
+        ("--out_dir=2+2=4", "2+2=4"),
+        ("--out_dir=--max_iters=3", "--max_iters=3"),
+        ("--out_dir=", ""),
+        ("--out_dir=123", "123"),  # a text stays the text, whatever it looks like
+        ("--out_dir=True", "True"),
+        ("--out_dir='quoted'", "'quoted'"),
+        ("--out_dir=x.py", "x.py"),
+    ],
+)
+def test_a_flag_is_read_as_its_key_wants_it(flag, value):
+    key = flag[2:].partition("=")[0]
+    given = getattr(settings(flag), key)
+    assert given == value
+    assert type(given) is type(value)
+    assert settings(flag) == dataclasses.replace(Settings(), **{key: value})  # and nothing else has changed
+
+
+def test_files_and_flags_apply_in_the_order_given(config_file):
+    first = config_file("max_iters = 1\nlearning_rate = 1e-3\nout_dir = 'first'", "first.py")
+    second = config_file("max_iters = 2", "second.py")
+    assert settings(first) == Settings("first", 1, 1e-3)
+    assert settings(first, "--max_iters=3") == Settings("first", 3, 1e-3)
+    assert settings("--max_iters=3", first) == Settings("first", 1, 1e-3)
+    assert settings(first, "--max_iters=3", second) == Settings("first", 2, 1e-3)
+    assert settings("--max_iters=3", "--max_iters=4") == Settings(max_iters=4)
+
+
+def test_a_config_file_is_python_with_its_own_helpers(config_file):
+    file = config_file(
+        "import math\n"
+        "from pathlib import Path\n"
+        "_per_iter = 16 * 32\n"
+        "def iters(tokens):\n    return tokens // _per_iter\n"
+        "max_iters = iters(51_200)\n"
+        "learning_rate = math.sqrt(4)\n"
+        "out_dir = str(Path('a') / 'b')\n"
+        "compile = not True\n"
+    )
+    assert settings(file) == Settings(os.path.join("a", "b"), 100, 2.0, False, False)
+    assert read_config_file(file).keys() == {"max_iters", "learning_rate", "out_dir", "compile"}
+
+
+def test_a_whole_number_in_a_file_serves_as_a_float(config_file):
+    rate = settings(config_file("learning_rate = 1")).learning_rate
+    assert rate == 1 and type(rate) is float
+
+
+def test_a_config_file_leaks_into_nothing(config_file):
+    names = "max_iters = 1\n_helper = 2\ndef leaked():\n    pass\nout_dir = __name__"
+    file = config_file(names)
+    before = [set(vars(configurator)), set(vars(builtins)), set(globals()), set(sys.modules), list(sys.argv)]
+    assert settings(file).out_dir != "__main__"  # so that a script can serve as a config file without running
+    after = [set(vars(configurator)), set(vars(builtins)), set(globals()), set(sys.modules), list(sys.argv)]
+    assert after == before
+    assert settings() == Settings("out", 100)
+
+
+def test_plain_words_are_paths_for_a_script_that_takes_paths(config_file):
+    @dataclass
+    class WithPaths:
+        paths: list = dataclasses.field(default_factory=list)
+        max_iters: int = setting(100, "how long")
+
+    file = config_file("max_iters = 1")
+    given = configure(WithPaths, ["a.parquet", file, "folder", "--max_iters=2"], "")
+    assert given == WithPaths(["a.parquet", "folder"], 2)
+    assert configure(WithPaths, [], "") == WithPaths()
+    assert "no key 'paths'" in refusal("--paths=a", cls=WithPaths)[0]
+
+
+# ---- what is refused: one line for each problem
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--max_itres=3", "there is no key 'max_itres'; did you mean max_iters?"),
+        ("--learning-rate=3", "did you mean learning_rate?"),
+        ("--zzz=3", "there is no key 'zzz'; --help lists the keys"),
+        ("--max_iters=many", "max_iters takes a whole number, not 'many'"),
+        ("--max_iters=1.5", "max_iters takes a whole number, not '1.5'"),
+        ("--max_iters=True", "max_iters takes a whole number"),
+        ("--max_iters=", "max_iters takes a whole number, not ''"),
+        ("--max_iters", "max_iters takes a whole number"),
+        ("--max_iters={[]:1}", "max_iters takes a whole number"),
+        ("--learning_rate=fast", "learning_rate takes a number, not 'fast'"),
+        ("--learning_rate=nan", "learning_rate takes a number, not nan"),
+        ("--learning_rate=1e999", "learning_rate takes a number, not inf"),
+        ("--learning_rate", "learning_rate takes a number, not True"),
+        ("--compile=maybe", "compile takes True or False, not 'maybe'"),
+        ("--compile=1", "compile takes True or False"),
+        ("--out_dir", "out_dir takes text, not True"),
+        ("-max_iters=3", "'-max_iters=3' is neither a config file (*.py) nor --key=value"),
+        ("max_iters=3", "'max_iters=3' is neither"),
+        ("--", "there is no key ''"),
+        ("--out_dir=nowhere", "out_dir must be somewhere"),  # what the class itself refuses
+    ],
+)
+def test_a_wrong_flag_is_refused(flag, words):
+    (line,) = refusal(flag)
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("max_itres = 3", "there is no key 'max_itres'; did you mean max_iters?"),
+        ("max_iters = 1.5", "max_iters takes a whole number, not 1.5"),
+        ("max_iters = '3'", "max_iters takes a whole number, not '3'"),
+        ("max_iters = True", "max_iters takes a whole number, not True"),
+        ("max_iters = 3,", "max_iters takes a whole number, not (3,)"),
+        ("learning_rate = '5e-4'", "learning_rate takes a number, not '5e-4'"),
+        ("learning_rate = float('nan')", "learning_rate takes a number, not nan"),
+        ("compile = 'False'", "compile takes True or False, not 'False'"),
+        ("compile = 1", "compile takes True or False, not 1"),
+        ("out_dir = 123", "out_dir takes text, not 123"),
+        ("out_dir = None", "out_dir takes text, not None"),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_refused_and_the_file_named(config_file, text, words):
+    file = config_file(text)
+    (line,) = refusal(file)
+    assert line.startswith(f"{file}: ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("max_iters = ", "SyntaxError"),
+        ("max_iters = 1\n  out_dir = 'x'", "IndentationError"),
+        ("max_iters = 1 / 0", "ZeroDivisionError (division by zero)"),
+        ("max_iters = undefined", "NameError (name 'undefined' is not defined)"),
+        ("import no_such_module", "ModuleNotFoundError"),
+        ("open('other.txt')", "FileNotFoundError"),  # not this file, but one it asks for
+        ("raise ValueError('first line\\nsecond line')", "ValueError (first line)"),
+        ("import sys; sys.exit()", "SystemExit"),
+        ("import sys; sys.exit(0)", "SystemExit"),
+        ("max_iters = '\0'", "this config file raises"),
+    ],
+)
+def test_a_file_that_raises_gets_one_sentence(config_file, text, words):
+    file = config_file(text)
+    (line,) = refusal(file)
+    assert line.startswith(f"{file}: ")
+    assert words in line
+
+
+def test_a_missing_file_names_the_nearest(config_file, tmp_path, monkeypatch):
+    near = config_file("", "train_small.py")
+    config_file("", "unlike.py")
+    missing = tmp_path / "train_smal.py"
+    assert refusal(missing) == [f"{missing}: no such file; did you mean {near}?"]
+    assert refusal("no/where/at_all.py") == ["no/where/at_all.py: no such file"]
+    monkeypatch.chdir(ROOT)  # where the shipped ones lie in config/
+    (line,) = refusal("train_demo.py")
+    assert line.endswith(f"did you mean {os.path.join('config', 'train_demo.py')}?")
+
+
+def test_all_problems_are_told_at_once(config_file):
+    file = config_file("max_itres = 1\nlearning_rate = 'fast'")
+    lines = refusal("--compile=maybe", file, "missing.py", "word", "--lr=1", "--out_dir=nowhere")
+    words = ["compile takes", "no key 'max_itres'", "learning_rate takes", "missing.py: no such file", "'word'"]
+    words += ["no key 'lr'", "out_dir must be somewhere"]
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines))
+
+
+# ---- at the door
+
+
+@pytest.mark.parametrize("script, cls", [("train.py", TrainConfig), ("sample.py", SampleConfig)])
+def test_help_tells_every_key_its_default_and_its_reason(script, cls):
+    result = run(script, "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    for field in dataclasses.fields(cls):
+        (line,) = [line for line in lines if line.strip().startswith(f"--{field.name}=")]
+        assert f"={field.default!r} " in line
+        assert line.endswith(field.metadata["reason"])
+
+
+def test_a_script_tells_all_problems_and_leaves_nothing(tmp_path):
+    (tmp_path / "bad.py").write_text("max_itres = 3\n")
+    result = run("train.py", "bad.py", "--compile=maybe", "--n_embd=512", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert [line.split()[0] for line in lines] == ["bad.py:", "--compile=maybe:", "n_embd=512"]
+    assert os.listdir(tmp_path) == ["bad.py"]
+
+
+def test_a_config_file_cannot_end_a_script_in_silence(tmp_path):
+    (tmp_path / "quits.py").write_text("raise SystemExit(0)\n")
+    assert_one_sentence(run("sample.py", "quits.py", cwd=tmp_path), "quits.py: this config file raises SystemExit")
+
+
+def test_importing_does_nothing(tmp_path):
+    code = "import sys; sys.argv[1:] = ['--bogus', 'missing.py']; import configurator, train, sample"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert os.listdir(tmp_path) == []
+
+
+# ---- the config files of the project
+
+FINEWEB_4070 = dict(
+    out_dir="out-fineweb-single-parquet", eval_interval=500, eval_iters=200, log_interval=50,
+    always_save_checkpoint=True, wandb_log=True, wandb_project="fineweb", wandb_run_name="125M-single-parquet-4070",
+    dataset="fineweb", gradient_accumulation_steps=32, batch_size=16, block_size=1024, n_layer=12, n_head=12,
+    n_embd=768, dropout=0.0, bias=False, learning_rate=5e-4, max_iters=6000, warmup_iters=500, lr_decay_iters=6000,
+    min_lr=5e-5, beta2=0.99, weight_decay=0.1, compile=True,
+)  # fmt: skip
+SMALL = FINEWEB_4070 | dict(
+    out_dir="out-fineweb-single-parquet-small", wandb_run_name="30M-single-parquet-4070", n_layer=6, n_head=6,
+    n_embd=384, learning_rate=6e-4, min_lr=6e-5, max_iters=8000, lr_decay_iters=8000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name, values", [("train_fineweb_4070", FINEWEB_4070), ("train_fineweb_4070_small", SMALL)])
+def test_the_fineweb_configs_set_what_they_promise(name, values):
+    assert read_config_file(str(ROOT / "config" / f"{name}.py")) == values
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "config").glob("*.py")), ids=lambda file: file.stem)
+def test_every_config_file_of_the_project_is_accepted(file):
+    config = configure(TrainConfig, [str(file)], "")
+    assert dataclasses.asdict(config) == dataclasses.asdict(TrainConfig()) | read_config_file(str(file))

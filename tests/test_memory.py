@@ -1,0 +1,152 @@
+"""What a run takes: the prediction of it, running out of memory, and reading without growing."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from bins import open_bin
+from loader import TrainWindows
+from loss import linear_cross_entropy
+from model import GPT, GPTConfig
+from plan import predict_memory
+from train_config import TrainConfig
+from trainer import Trainer
+
+
+class Small:
+    """A forward pass that runs out of memory, as CUDA says it, with micro-batches of over `limit` windows."""
+
+    def __init__(self, forward, limit):
+        self.forward, self.limit, self.seen = forward, limit, []
+
+    def __call__(self, x, y):
+        self.seen.append((len(x), torch.is_grad_enabled()))
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.54 GiB.")
+        return self.forward(x, y)
+
+
+def make_trainer(bins, **changes):
+    settings = {**TINY, "dataset": str(bins), **changes}
+    return Trainer(TrainConfig(**settings), torch.device("cpu"), "float32")
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulation, limit, left", [(8, 2, 3, 2), (12, 1, 4, 3), (6, 3, 1, 1), (7, 1, 3, 1)]
+)
+def test_out_of_memory_is_the_same_training_in_smaller_pieces(bins, capsys, batch_size, accumulation, limit, left):
+    """Losses of an undisturbed run, evaluation first, by windows that are the same in the same order."""
+    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    undisturbed, squeezed = make_trainer(bins, **sizes), make_trainer(bins, **sizes)
+    squeezed.forward = Small(squeezed.model, limit)
+    for _ in range(3):
+        # another order of float32 sums, nothing else
+        assert squeezed.step(1e-3) == pytest.approx(undisturbed.step(1e-3), rel=1e-6)
+    assert squeezed.evaluate(squeezed.val_tokens) == pytest.approx(
+        undisturbed.evaluate(undisturbed.val_tokens), rel=1e-6
+    )
+    assert squeezed.position == undisturbed.position == 3 * batch_size * accumulation
+    assert squeezed.batch_size == left
+    assert squeezed.batch_size * squeezed.gradient_accumulation_steps == batch_size * accumulation
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("out of memory: going on with --batch_size=") for line in lines) and lines
+
+
+def test_out_of_memory_in_an_evaluation(bins):
+    trainer = make_trainer(bins)
+    expected = trainer.evaluate(trainer.val_tokens)
+    trainer.forward = Small(trainer.model, 3)
+    assert trainer.evaluate(trainer.val_tokens) == pytest.approx(expected, rel=1e-6)
+    assert trainer.batch_size == 2 and trainer.gradient_accumulation_steps == 8
+
+
+def test_out_of_memory_with_one_window_is_the_end(bins):
+    trainer = make_trainer(bins)
+    trainer.forward = Small(trainer.model, 0)
+    with pytest.raises(SystemExit, match="one window"):
+        trainer.step(1e-3)
+    assert {size for size, _ in trainer.forward.seen} == {8, 4, 2, 1}
+
+
+def peak_bytes(tracker):
+    return sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
+
+
+def test_the_head_never_takes_a_gigabyte():
+    """16 x 1024 tokens and GPT-2's vocabulary under bf16 autocast, forward and backward, its inputs left out."""
+    with FakeTensorMode():
+        x = torch.zeros(16 * 1024, 768, dtype=torch.bfloat16, requires_grad=True)
+        head = torch.nn.Linear(768, 50304, bias=False)
+        targets, inputs = torch.zeros(16 * 1024, dtype=torch.long), (16 * 1024 * 2 + 50304 * 4) * 768
+        with MemTracker() as tracker, torch.autocast("cpu", torch.bfloat16):
+            tracker.track_external(head, x, targets)
+            linear_cross_entropy(x, head.weight, targets).backward()
+    assert 0.4e9 < peak_bytes(tracker) - inputs < 1e9  # at least the chunk's logits and the weight's gradient
+
+
+@pytest.mark.parametrize("bias, dropout, batch_size, n_layer", [(False, 0.0, 4, 6), (True, 0.0, 2, 12)])
+def test_the_plan_predicts_the_peak(bias, dropout, batch_size, n_layer):
+    """predict_memory against what a training step allocates in eager mode, at GPT-2's width and length."""
+    shape = GPTConfig(n_layer=n_layer, bias=bias, dropout=dropout)
+    with FakeTensorMode():
+        model = GPT(shape)
+        optimizer = torch.optim.AdamW(model.parameters())
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        x = torch.zeros(batch_size, 1024, dtype=torch.long)
+        with tracker:
+            for micro_batch in range(4):
+                with torch.autocast("cpu", torch.bfloat16):
+                    model(x, x)[1].backward()
+                if micro_batch % 2:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                tracker.reset_mod_stats()
+    predicted = sum(predict_memory(model, batch_size, "bfloat16").values())
+    assert predicted == pytest.approx(peak_bytes(tracker), rel=0.1)  # the allocator's own slack is of that order
+
+
+def test_a_plan_for_another_card():
+    """The figures of the shipped config on 12 GB, against arithmetic done here."""
+    result = run("train.py", ROOT / "config/train_fineweb_4070.py", "--plan", "--plan_vram_gb=12", "--plan_tflops=49")
+    assert result.returncode == 0, result.stderr
+    matrices = 12 * 12 * 768**2 + 50304 * 768 + 25 * 768
+    flops = 6 * matrices + 12 * 12 * 768 * 1024
+    hours, minutes = map(int, re.search(r"time: (\d+)h (\d+)m at 49 TFLOP/s", result.stdout).groups())
+    assert hours + minutes / 60 == pytest.approx(6000 * 524_288 * flops / 49e12 / 3600, abs=0.02)
+    assert f"parameters: {matrices / 1e6:.2f}M" in result.stdout
+    assert "524,288 per iteration" in result.stdout and "3,145,728,000" in result.stdout
+    memory, parts = re.search(r"memory: ([\d.]+) GB at the peak \((.*)\)", result.stdout).groups()
+    assert sum(map(float, re.findall(r"[\d.]+", parts))) == pytest.approx(float(memory), abs=0.1)
+    assert "fits: yes" in result.stdout
+
+
+def test_a_plan_that_does_not_fit_names_one_that_does():
+    config = ROOT / "config/train_fineweb_4070.py"
+    flags = ["--plan", "--plan_vram_gb=6", "--plan_tflops=49"]
+    first = run("train.py", config, *flags)
+    change = re.search(r"fits: no: .* fits with (--batch_size=\d+) (--gradient_accumulation_steps=\d+)", first.stdout)
+    assert change, first.stdout + first.stderr
+    second = run("train.py", config, *flags, *change.groups())
+    assert "fits: yes" in second.stdout and "524,288 per iteration" in second.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident memory from /proc")
+def test_reading_does_not_grow(tmp_path):
+    """10,000 batches from all over a file larger than what the process may grow by."""
+    np.arange(60_000_000, dtype="<u4").astype("<u2").tofile(tmp_path / "train.bin")  # 120 MB
+
+    def resident_mb():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+    before = resident_mb()
+    windows = TrainWindows(open_bin(tmp_path, "train", 256, 65536), 256, seed=1)
+    for batch in range(10_000):
+        windows.batch(batch * 8, 8, torch.device("cpu"))
+    assert resident_mb() - before < 40  # the check of the ids reads 17 MB at once

@@ -1,0 +1,79 @@
+"""
+The settings of a training run, with nanoGPT's names: defaults, types, and the reason to change each.
+"""
+
+from dataclasses import dataclass
+
+from configurator import setting
+from model import GPTConfig
+
+
+@dataclass
+class TrainConfig:
+    """Raises ValueError, naming every problem, for values that cannot be."""
+
+    # where things go, and when
+    out_dir: str = setting("out", "folder of ckpt.pt, metrics.jsonl and loss.png")
+    eval_interval: int = setting(2000, "iterations between evaluations, each with a checkpoint")
+    log_interval: int = setting(1, "iterations between printed lines")
+    eval_iters: int = setting(200, "size of an evaluation in units of 16,384 tokens, at most the whole split")
+    eval_only: bool = setting(False, "evaluate once and stop")
+    always_save_checkpoint: bool = setting(True, "save at each evaluation; False: only when val loss improves")
+    plan: bool = setting(False, "print what the run takes, and stop")
+    plan_vram_gb: float = setting(0.0, "plan for a card with so much memory; 0: this machine's")
+    plan_tflops: float = setting(0.0, "plan with so many TFLOP/s; 0: by a matrix product timed on this machine")
+    init_from: str = setting("scratch", "'scratch' or 'resume'")
+    wandb_log: bool = setting(False, "log to Weights & Biases as well")
+    wandb_project: str = setting("owt", "wandb's project")
+    wandb_run_name: str = setting("gpt2", "wandb's name for the run")
+    # data
+    dataset: str = setting("fineweb", "folder under data/ (or an absolute path) with train.bin and val.bin")
+    gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration")
+    batch_size: int = setting(12, "windows in a micro-batch: what the memory must hold at once")
+    block_size: int = setting(1024, "tokens in a window: how far the model can look back")
+    # model
+    n_layer: int = setting(12, "number of blocks")
+    n_head: int = setting(12, "attention heads; n_embd must be a multiple")
+    n_embd: int = setting(768, "width")
+    dropout: float = setting(0.0, "0 for pretraining, 0.1 or more for finetuning")
+    bias: bool = setting(False, "bias in LayerNorm and Linear, as GPT-2 has")
+    # optimizer
+    learning_rate: float = setting(6e-4, "peak learning rate")
+    max_iters: int = setting(600000, "iterations in all")
+    weight_decay: float = setting(1e-1, "AdamW's, on matrices only")
+    beta1: float = setting(0.9, "AdamW's")
+    beta2: float = setting(0.95, "AdamW's")
+    grad_clip: float = setting(1.0, "largest gradient norm; 0.0 clips nothing")
+    decay_lr: bool = setting(True, "warmup and cosine decay; False: constant")
+    warmup_iters: int = setting(2000, "iterations of linear warmup")
+    lr_decay_iters: int = setting(600000, "where the cosine reaches min_lr; usually max_iters")
+    min_lr: float = setting(6e-5, "learning rate at the end, usually a tenth of the peak")
+    # machine
+    seed: int = setting(1337, "for the weights, the order of the data and dropout")
+    device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    dtype: str = setting("auto", "'auto', 'float32', 'bfloat16', 'float16' (with loss scaling)")
+    vram_limit_gb: float = setting(0.0, "use no more of the GPU's memory than this; 0: all that is free")
+    compile: bool = setting(True, "torch.compile: slow to start, then much faster")
+
+    def __post_init__(self):
+        positive = "eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size max_iters"
+        problems = [f"{key} must be at least 1" for key in positive.split() if getattr(self, key) < 1]
+        not_negative = "learning_rate weight_decay grad_clip warmup_iters min_lr plan_vram_gb plan_tflops vram_limit_gb"
+        problems += [f"{key} must not be negative" for key in not_negative.split() if getattr(self, key) < 0]
+        problems += [f"{key} must be in [0, 1)" for key in ("beta1", "beta2") if not 0 <= getattr(self, key) < 1]
+        if not 0 <= self.seed < 2**32:
+            problems.append("seed must be in [0, 2**32)")
+        if self.init_from not in ("scratch", "resume"):
+            problems.append(f"init_from is 'scratch' or 'resume', not '{self.init_from}'")
+        if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
+            problems.append(f"lr_decay_iters={self.lr_decay_iters} must be more than warmup_iters={self.warmup_iters}")
+        try:
+            GPTConfig(max(1, self.block_size), 1, self.n_layer, self.n_head, self.n_embd, self.dropout, self.bias)
+        except ValueError as problem:
+            problems.append(str(problem))
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def tokens_per_iter(self) -> int:
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
