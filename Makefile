@@ -14,7 +14,7 @@ demo: $(VENV)/run
 	@echo "The loss picture is out-demo/loss.png"
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -58,11 +58,11 @@ class BinsWriter:
     def documents(self) -> int:
         return sum(self.state[split]["documents"] for split in SPLITS)
 
-    def write(self, split: str, ids: np.ndarray):
-        """Appends one document, ids with its end-of-text."""
+    def write(self, split: str, ids: np.ndarray, documents: int):
+        """Appends the ids of whole documents, each with its end-of-text."""
         self.files[split].write(ids.astype("<u2", copy=False).data)
         self.state[split]["tokens"] += len(ids)
-        self.state[split]["documents"] += 1
+        self.state[split]["documents"] += documents
 
     def checkpoint(self):
         """What was written until now survives a power cut."""
@@ -144,7 +144,7 @@ def is_complete(out_dir: Path, job: dict) -> bool:
 
 def clear_work(out_dir: Path):
     """Removes what a preparation leaves on its way, and no finished bin."""
-    for name in ("prepare.json", *(f"{split}.bin.partial" for split in SPLITS)):
+    for name in ("prepare.json", "prepare.json.partial", *(f"{split}.bin.partial" for split in SPLITS)):
         (out_dir / name).unlink(missing_ok=True)
 
 

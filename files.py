@@ -9,10 +9,11 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: str = "wb"):
+def replacing(path: Path, mode: str = "wb", keep: Path | None = None):
     """
-    Opens a file beside `path` that takes its place when the block ends well. Whatever happens, and at every
-    moment, `path` holds either all of the old or all of the new. Raises OSError, and leaves nothing beside.
+    Opens a file beside `path` that takes its place when the block ends well; the old one stays as `keep`. Whatever
+    happens, and at every moment, `path`, or else `keep`, holds either all of the old or all of the new. Raises
+    OSError, and leaves nothing beside.
     """
     beside = path.with_name(path.name + ".partial")
     try:
@@ -20,6 +21,8 @@ def replacing(path: Path, mode: str = "wb"):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         rename(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

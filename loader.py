@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from loss import IGNORED
+from ranks import Ranks
 
 
 class TrainWindows:
@@ -52,16 +53,17 @@ class TrainWindows:
         return int(self._starts[index])
 
 
-def eval_batches(tokens, block_size: int, batch_size: int, max_tokens: int, device: torch.device):
+def eval_batches(tokens, block_size: int, batch_size: int, max_tokens: int, device: torch.device, ranks: Ranks):
     """
     The fixed evaluation pass: yields (inputs, targets) as TrainWindows.batch does, over every token of a small split
-    and over windows spread evenly in a large one, about max_tokens in all. No randomness, and the same tokens for
-    every batch_size: what is left over is filled with IGNORED targets.
+    and over windows spread evenly in a large one, about max_tokens in all, shared by the ranks. No randomness, and the
+    same tokens for every batch_size: what is left over is filled with IGNORED targets.
     """
     n_windows = -(-(len(tokens) - 1) // block_size)
     n_taken = min(n_windows, max(1, max_tokens // block_size))
     starts = [i * n_windows // n_taken * block_size for i in range(n_taken)]
-    starts += [len(tokens)] * (-n_taken % batch_size)  # windows past the end: nothing but IGNORED
+    starts = starts[ranks.rank :: ranks.world_size]
+    starts += [len(tokens)] * (-len(starts) % batch_size)  # windows past the end: nothing but IGNORED
     for first in range(0, len(starts), batch_size):
         x, y = window_batch(tokens, starts[first : first + batch_size], block_size, device)
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)

@@ -64,7 +64,7 @@ def docstrings(path: Path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other people's invalid escapes
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, OSError):
         return
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -81,6 +81,7 @@ def docstrings(path: Path):
 
 def describe(name: str, text: str) -> dict:
     """One row with FineWeb's nine columns."""
+    text = text.encode("utf-8", "replace").decode()  # a docstring may have a lone surrogate, a parquet string not
     return {
         "text": text,
         "id": name,

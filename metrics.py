@@ -17,13 +17,23 @@ class Metrics:
     found: val_loss and train_loss_eval. Losses are nats per token.
     """
 
-    def __init__(self, out_dir: Path, iter_num: int = 0, wandb_run=None):
-        """Drops the records of iter_num and later: a resumed run writes those again."""
-        self.path = out_dir / "metrics.jsonl"
-        self.wandb_run = wandb_run
-        kept = [record for record in read_metrics(self.path) if record["iter"] < iter_num]
+    def __init__(self, out_dir: Path, wandb_run=None):
+        self.path, self.wandb_run = out_dir / "metrics.jsonl", wandb_run
+
+    def forget_after(self, iter_num: int, evaluated_iter: int):
+        """Drops what a run at iter_num will write again: all later records, and that iteration's own."""
+        kept = [
+            record
+            for record in read_metrics(self.path)
+            if record["iter"] < iter_num or ("val_loss" in record and record["iter"] == iter_num == evaluated_iter)
+        ]
         with replacing(self.path, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
+
+    def sync(self):
+        """What was written until now survives a power cut."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
 
     def write(self, **record):
         with open(self.path, "a") as file:
@@ -83,8 +93,11 @@ def draw_losses(records: list[dict], path: Path):
         figure.savefig(file, format="png", dpi=110)
 
 
-def start_wandb(project: str, name: str, config: dict, out_dir: Path):
-    """A wandb run, or None. Without a key or a network the run is wandb's offline one, and a line says so."""
+def start_wandb(project: str, name: str, run_id: str, config: dict, out_dir: Path):
+    """
+    A wandb run, or None; run_id is that of the run to go on with, '' for a new one. Without a key or a network it is
+    wandb's offline run, and a line says so.
+    """
     try:
         import wandb
     except ImportError:
@@ -93,7 +106,8 @@ def start_wandb(project: str, name: str, config: dict, out_dir: Path):
 
     def start(mode):
         settings = wandb.Settings(init_timeout=30, silent=True)
-        return wandb.init(project=project, name=name, config=config, dir=out_dir, mode=mode, settings=settings)
+        same = {"id": run_id, "resume": "allow"} if run_id else {}
+        return wandb.init(project=project, name=name, config=config, dir=out_dir, mode=mode, settings=settings, **same)
 
     try:
         if os.environ.get("WANDB_MODE"):

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -15,6 +16,8 @@ from words import first_line
 
 BATCH_ROWS = 64  # rows tokenized at once: about 200 kB of web text, 5 ms
 BATCH_BYTES = 1 << 20  # fewer rows where they are so long that they would have more text than this
+
+DAMAGED = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises in a damaged file
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Batch:
     row_group: int
     row: int  # of the first one, in its row group
     documents: pa.LargeBinaryArray  # the bytes as they lie in the file, or null
-    token_counts: list  # int or None for each row
+    token_counts: np.ndarray  # of each row as the file says, -1 where it does not, int64
 
 
 def find_parquets(paths: list[str], default: Path) -> list[Path]:
@@ -62,8 +65,9 @@ def open_source(path: Path, text_column: str) -> Source:
     """Reads the footer. Raises SystemExit if it is no parquet file, is cut off, or has no text in `text_column`."""
     try:
         with pq.ParquetFile(path) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-    except (pa.ArrowException, OSError) as error:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+            sizes = [text_bytes(file.metadata.row_group(i), text_column) for i in range(file.num_row_groups)]
+    except DAMAGED as error:
         if isinstance(error, OSError) and error.errno:
             raise SystemExit(f"{path}: cannot be read ({os.strerror(error.errno)})") from None
         raise SystemExit(f"{path}: not a whole parquet file ({first_line(error)}); download it again?") from None
@@ -78,8 +82,7 @@ def open_source(path: Path, text_column: str) -> Source:
     columns = [text_column]
     if schema.names.count("token_count") == 1 and pa.types.is_integer(schema.field("token_count").type):
         columns.append("token_count")
-    sizes = [text_bytes(metadata.row_group(i), text_column) for i in range(metadata.num_row_groups)]
-    return Source(path, metadata.num_rows, sum(sizes), columns)
+    return Source(path, rows, sum(sizes), columns)
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -114,7 +117,7 @@ def read_batches(sources: list[Source], first_row: int = 0):
                     if first_row < rows:
                         yield from read_row_group(file, source, row_group, first_row)
                     first_row = max(first_row - rows, 0)
-        except (pa.ArrowException, OSError) as error:
+        except DAMAGED as error:
             raise SystemExit(f"{source.path}: row group {row_group} is damaged ({first_line(error)})") from None
 
 
@@ -123,15 +126,16 @@ def read_row_group(file: pq.ParquetFile, source: Source, row_group: int, first_r
     text_column = source.columns[0]
     group = file.metadata.row_group(row_group)
     step = max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(text_bytes(group, text_column), 1)))
-    # Rows of a dictionary column are read all at once: they are mere indices, but Arrow copies the dictionary each time.
+    # Rows of a dictionary column are read all at once: they are indices, and Arrow copies the dictionary each time.
     is_dictionary = pa.types.is_dictionary(file.schema_arrow.field(text_column).type)
     read_rows, row = group.num_rows if is_dictionary else step, 0
     for table in file.iter_batches(read_rows, row_groups=[row_group], columns=source.columns, use_threads=False):
         for start in range(max(first_row - row, 0), len(table), step):
             rows = table.slice(start, step)
-            text = rows.column(text_column)
-            documents = (text.dictionary_decode() if is_dictionary else text).cast(pa.large_binary())
-            counts = rows.column("token_count").to_pylist() if "token_count" in source.columns else [None] * len(rows)
+            documents = rows.column(text_column).cast(pa.large_binary())
+            counts = np.full(len(rows), -1)
+            if "token_count" in source.columns:
+                counts = rows.column("token_count").cast(pa.int64()).fill_null(-1).to_numpy()
             yield Batch(source, row_group, row + start, documents, counts)
         row += len(table)
 

@@ -3,7 +3,6 @@ What a run will take, before it starts: tokens, memory by part, hours; and what 
 """
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -30,7 +29,7 @@ def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: f
         model = GPT(GPTConfig(**model_args(config)))
     if config.plan_vram_gb and config.dtype == "auto":
         dtype = "bfloat16"  # whatever this machine has
-    total, train_bin = config.max_iters * config.tokens_per_iter, Path("data") / config.dataset / "train.bin"
+    total, train_bin = config.max_iters * config.tokens_per_iter, config.data_dir / "train.bin"
     epochs = f"no {train_bin} yet"
     if train_bin.exists():
         train_tokens = train_bin.stat().st_size // 2

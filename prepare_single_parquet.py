@@ -11,6 +11,7 @@ little-endian uint16 without a header. Stopped at any moment, the same command g
 import collections
 import contextlib
 import functools
+import math
 import os
 import shutil
 import signal
@@ -61,9 +62,18 @@ class PrepareConfig:
             raise ValueError("\n".join(problems))
 
     @functools.cached_property
-    def val_share(self) -> Fraction:
-        """val_fraction exactly as written: 0.005 is 1/200."""
-        return Fraction(str(self.val_fraction))
+    def val_ratio(self) -> tuple[int, int]:
+        """val_fraction exactly as written: 0.005 is (1, 200)."""
+        return Fraction(str(self.val_fraction)).as_integer_ratio()
+
+
+@dataclass
+class Tokenized:
+    """The rows of a batch: all their ids, uint16, with end-of-text; and the ids and the bytes of each, 0 if empty."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    sizes: np.ndarray
 
 
 def main(arguments: list[str]):
@@ -123,11 +133,10 @@ def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
         print(f"continuing at row {state['rows']:,}")
     batches = read_batches(sources, state["rows"])
     for batch, tokenized in tokenize_in_order(batches, config.num_workers or cores()):
-        for i, (ids, text_bytes) in enumerate(tokenized):
-            if reached_limit(config, writer):
-                return
-            write_document(config, writer, ids, text_bytes)
-            compare_count(state, batch, i, max(len(ids) - 1, 0))
+        rows = write_within_limits(config, writer, tokenized)
+        compare_counts(state, batch, tokenized.lengths[:rows])
+        if rows < len(tokenized.lengths):
+            break
         if progress.is_due():
             writer.checkpoint()
             progress.show()
@@ -136,8 +145,8 @@ def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
 
 def tokenize_in_order(batches, num_workers: int):
     """
-    Yields (batch, its tokenized documents) in order. Threads do the work, because tiktoken lets go of Python's lock;
-    processes were no faster (benchmarks/prepare.json).
+    Yields (batch, Tokenized) in order. Threads do the work, as tiktoken lets go of Python's lock meanwhile; processes
+    are slower (benchmarks/prepare.json).
     """
     pool, waiting, in_flight = ThreadPoolExecutor(num_workers), collections.deque(), 0
     try:
@@ -154,46 +163,46 @@ def tokenize_in_order(batches, num_workers: int):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def tokenize(batch: Batch) -> list[tuple[np.ndarray, int]]:
-    """For each row the ids with end-of-text, uint16, none for a null or empty document; and the bytes of its text."""
+def tokenize(batch: Batch) -> Tokenized:
     rows = [document or b"" for document in batch.documents.to_pylist()]
     ids = encode_documents([document for document in rows if document])
-    ends = iter(np.flatnonzero(ids == EOT) + 1)
-    tokenized, start = [], 0
-    for document in rows:
-        end = next(ends) if document else start
-        tokenized.append((ids[start:end], len(document)))
-        start = end
-    return tokenized
+    sizes = np.array([len(document) for document in rows])
+    lengths = np.zeros_like(sizes)
+    lengths[sizes > 0] = np.diff(np.flatnonzero(ids == EOT), prepend=-1)
+    return Tokenized(ids, lengths, sizes)
 
 
-def write_document(config: PrepareConfig, writer: BinsWriter, ids: np.ndarray, text_bytes: int):
-    """To val.bin goes each document at which its number * val_fraction passes a whole number: 0, 200, 400, ..."""
-    writer.state["rows"] += 1
-    writer.state["text_bytes"] += text_bytes
-    if not text_bytes:
-        writer.state["empty_documents"] += 1
-        return
-    share = config.val_share
-    is_val = writer.documents * share.numerator % share.denominator < share.numerator
-    writer.write("val" if is_val else "train", ids)
+def write_within_limits(config: PrepareConfig, writer: BinsWriter, tokenized: Tokenized) -> int:
+    """
+    Writes the rows before which no limit is reached, and returns how many they are. To val.bin goes each document at
+    which its number * val_fraction passes a whole number: 0, 200, 400, ...
+    """
+    is_document = tokenized.lengths > 0
+    documents = writer.documents + np.cumsum(is_document) - is_document
+    tokens = writer.tokens + np.cumsum(tokenized.lengths) - tokenized.lengths
+    within = (documents < (config.max_documents or math.inf)) & (tokens < (config.max_tokens or math.inf))
+    rows = int(within.sum())
+    lengths, is_document, (share, whole) = tokenized.lengths[:rows], is_document[:rows], config.val_ratio
+    is_val = np.array([number * share % whole < share for number in documents[:rows].tolist()], dtype=bool)
+    id_is_val = np.repeat(is_val, lengths)
+    ids = tokenized.ids[: len(id_is_val)]
+    writer.write("train", ids[~id_is_val], documents=int((is_document & ~is_val).sum()))
+    writer.write("val", ids[id_is_val], documents=int((is_document & is_val).sum()))
+    writer.state["rows"] += rows
+    writer.state["empty_documents"] += int((~is_document).sum())
+    writer.state["text_bytes"] += int(tokenized.sizes[:rows].sum())
+    return rows
 
 
-def compare_count(state: dict, batch: Batch, i: int, tokens: int):
+def compare_counts(state: dict, batch: Batch, lengths: np.ndarray):
     """Against the file's own token_count; the first ten differences are printed, all are counted."""
-    expected = batch.token_counts[i]
-    if expected is None:
-        return
-    state["token_counts_compared"] += 1
-    if tokens != expected:
+    expected, found = batch.token_counts[: len(lengths)], np.maximum(lengths - 1, 0)  # without end-of-text
+    for i in np.flatnonzero((expected >= 0) & (expected != found)):
         state["token_counts_differing"] += 1
         if state["token_counts_differing"] <= 10:
             where = f"{batch.source.path}: row group {batch.row_group}, row {batch.row + i}"
-            print(f"{where}: {tokens} tokens, but token_count is {expected}")
-
-
-def reached_limit(config: PrepareConfig, writer: BinsWriter) -> bool:
-    return 0 < config.max_documents <= writer.documents or 0 < config.max_tokens <= writer.tokens
+            print(f"{where}: {found[i]} tokens, but token_count is {expected[i]}")
+    state["token_counts_compared"] += int((expected >= 0).sum())
 
 
 class Progress:

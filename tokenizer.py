@@ -14,7 +14,10 @@ import tiktoken
 
 RANKS_FILE = Path(__file__).parent / "data" / "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # as tiktoken demands of r50k_base
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # tiktoken's for GPT-2
+# tiktoken's pattern for GPT-2, but with the first four alternatives in one group and without possessive quantifiers.
+# Both change no match, as nothing follows those alternatives, and tiktoken's regex engine then runs one automaton for
+# the four: 1.4 times as fast on English (benchmarks/prepare.json).
+PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
 EOT = 50256  # <|endoftext|>, the last id
 EOT_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 50257

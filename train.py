@@ -5,120 +5,206 @@ Trains a GPT on data/<dataset>/{train,val}.bin.
     python train.py config/train_fineweb_4070.py                        # from scratch
     python train.py config/train_fineweb_4070.py --batch_size=12        # with a key overridden
     python train.py config/train_fineweb_4070.py --init_from=resume     # go on from out_dir/ckpt.pt
+    torchrun --standalone --nproc_per_node=4 train.py config/train_fineweb_4070.py      # on four GPUs
 
-Writes out_dir/ckpt.pt, metrics.jsonl and loss.png.
+Writes out_dir/ckpt.pt, best.pt, metrics.jsonl and loss.png. Ctrl-C and SIGTERM save and stop.
 """
 
 import math
+import os
+import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from backend import choose_device, choose_dtype, measure_tflops, peak_memory_gb
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import LATEST, check_space, has_checkpoint, load_latest, save_best, save_latest
 from configurator import configure
 from files import make_folder
 from metrics import Metrics, start_wandb
+from pace import Pace
 from plan import print_plan
+from ranks import start_ranks
 from train_config import TrainConfig
 from trainer import Trainer
 from words import duration
+
+BAD_IN_A_ROW = 5  # iterations without an update after which the run goes back to its last checkpoint
+ROLLBACKS = 2  # in a row, without a checkpoint in between, after which it gives up
 
 
 def main(arguments: list[str]):
     config = configure(TrainConfig, arguments, __doc__)
     out_dir = Path(config.out_dir)
-    ckpt = out_dir / "ckpt.pt"
-    if config.init_from == "scratch" and ckpt.exists() and not (config.eval_only or config.plan):
+    if config.init_from == "scratch" and has_checkpoint(out_dir) and not (config.eval_only or config.plan):
         raise SystemExit(
-            f"{ckpt} holds an earlier run, which a new one would overwrite: "
+            f"{out_dir} holds the checkpoint of an earlier run, which a new one would overwrite: "
             "go on with --init_from=resume, or choose another --out_dir, or delete it"
         )
-    device = choose_device(config.device)
+    ranks, device = start_ranks(config.device)
+    device = choose_device(device)
     dtype = choose_dtype(config.dtype, device)
     ceiling = measure_tflops(device, dtype)
     print_plan(config, device, dtype, ceiling)
     if config.plan:
         return
-    trainer = Trainer(config, device, dtype)
+    trainer = Trainer(config, device, dtype, ranks)
     if config.init_from == "resume":
-        trainer.restore(load_checkpoint(ckpt))
-        print(f"resuming at iter {trainer.iter_num:,}, best val loss {trainer.best_val_loss:.4f}")
+        resume(trainer, load_latest(out_dir))
     if config.eval_only:
         train_loss, val_loss = trainer.evaluate(trainer.train_tokens), trainer.evaluate(trainer.val_tokens)
         print(f"step {trainer.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        return
-    if trainer.iter_num >= config.max_iters:
+    elif trainer.iter_num >= config.max_iters and trainer.evaluated_iter == trainer.iter_num:
         print(f"this run is finished (iter {trainer.iter_num:,}); a larger --max_iters would extend it")
-        return
-    make_folder(out_dir)
-    wandb_run = None
-    if config.wandb_log:
-        wandb_run = start_wandb(config.wandb_project, config.wandb_run_name, asdict(config), out_dir)
-    metrics, pace = Metrics(out_dir, trainer.iter_num, wandb_run), Pace(trainer, ceiling)
+    else:
+        run(trainer, Pace(trainer, ceiling), out_dir)
+    ranks.stop()
+
+
+def resume(trainer: Trainer, checkpoint: dict):
+    """Takes up the checkpoint, and says what is not as it was. Raises SystemExit where that cannot be gone on with."""
+    config, was = trainer.config, checkpoint["model_args"]
+    shape = [f"{key}={was.get(key)}" for key, value in trainer.model_args.items() if was.get(key) != value]
+    shape = [text for text in shape if not text.startswith("dropout=")]
+    if shape:
+        raise SystemExit(f"{config.out_dir}: this run has {', '.join(shape)}; resume it with the same")
+    new_data = checkpoint.get("data", trainer.data) != trainer.data
+    if new_data and not config.allow_new_data:
+        raise SystemExit(
+            f"{config.data_dir}: train.bin is not what this run began with ({checkpoint['data']['tokens']:,} tokens "
+            f"then, {trainer.data['tokens']:,} now); put it back, or go on with the new with --allow_new_data"
+        )
+    trainer.restore(checkpoint)
+    if new_data:
+        trainer.position = 0
+    print(f"resuming at iter {trainer.iter_num:,}, best val loss {trainer.best_val_loss:.4f}")
+    was = checkpoint.get("config", {})
+    for key, value in asdict(config).items():
+        if key in was and was[key] != value and key not in ("init_from", "out_dir", "eval_only", "allow_new_data"):
+            print(f"changed since: {key} {was[key]} -> {value}")
+
+
+def run(trainer: Trainer, pace: Pace, out_dir: Path):
+    """Everything around the training: what must be there before, and what is said after."""
+    config, is_first = trainer.config, trainer.ranks.is_first
+    metrics = None
+    if is_first:  # the other processes write nothing
+        make_folder(out_dir)
+        check_space(out_dir, trainer.model.get_num_params(non_embedding=False))
+        wandb_run = None
+        if config.wandb_log:
+            name = config.wandb_run_name
+            wandb_run = start_wandb(config.wandb_project, name, trainer.wandb_id, asdict(config), out_dir)
+            trainer.wandb_id = wandb_run.id if wandb_run else ""
+        metrics = Metrics(out_dir, wandb_run)
+        metrics.forget_after(trainer.iter_num, trainer.evaluated_iter)
     try:
-        train(trainer, metrics, pace, ckpt)
+        ending = train(trainer, metrics, pace, out_dir, StopSignal())
     except KeyboardInterrupt:
-        kept = "--init_from=resume goes on from the last checkpoint" if ckpt.exists() else "no checkpoint was due yet"
-        print(f"\nstopped at iter {trainer.iter_num:,}; {kept}")
+        print(f"stopped at once at iter {trainer.iter_num:,}; --init_from=resume goes on from the last checkpoint")
         raise SystemExit(130) from None
     except OSError as error:
         raise SystemExit(f"{out_dir}: {error.strerror or error}; --init_from=resume goes on from the last checkpoint")
-    print(f"done: {trainer.iter_num:,} iterations in {duration(pace.elapsed())}, {trainer.epoch:.2f} epochs")
-    print(f"best val loss: {trainer.best_val_loss:.4f}")
+    print(f"{ending}\n{summary(trainer, pace)}")
     print(f"loss picture: {out_dir / 'loss.png'}")
 
 
-def train(trainer: Trainer, metrics: Metrics, pace: "Pace", ckpt: Path):
-    """Iterates until max_iters; evaluates and saves every eval_interval iterations and at the end."""
-    config = trainer.config
+def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, stop: "StopSignal") -> str:
+    """Iterates until max_iters or something else ends it; saves and evaluates on the way. Returns why it ended."""
+    config, rollbacks, went_back_to = trainer.config, 0, 0
     while True:
-        lr = get_lr(config, trainer.iter_num)
-        done = trainer.iter_num >= config.max_iters
-        if done or trainer.iter_num % config.eval_interval == 0:
-            evaluate(trainer, metrics, lr, pace)
-            if trainer.iter_num and (done or config.always_save_checkpoint or trainer.just_improved):
-                print(f"saving checkpoint to {ckpt.parent}")
-                save_checkpoint(ckpt, trainer.checkpoint())
-        if done:
-            return
+        lr, done = get_lr(config, trainer.iter_num), trainer.iter_num >= config.max_iters
+        due = (done or trainer.iter_num % config.eval_interval == 0) and trainer.evaluated_iter != trainer.iter_num
+        asked = trainer.ranks.any(stop.asked, trainer.device)
+        if trainer.skipped_in_row >= BAD_IN_A_ROW or ((due or asked) and not trainer.is_sound()):
+            rollbacks += 1
+            go_back(trainer, metrics, out_dir, rollbacks)
+            went_back_to = trainer.iter_num
+            continue
+        if due:
+            if trainer.iter_num and config.always_save_checkpoint:  # first: an evaluation cannot cost the run
+                save(trainer, metrics, out_dir)
+                rollbacks = 0 if trainer.iter_num > went_back_to else rollbacks
+            if evaluate(trainer, metrics, lr, pace, out_dir) and trainer.iter_num and not config.always_save_checkpoint:
+                save(trainer, metrics, out_dir)
+        stale = 0 < config.early_stop_patience <= trainer.stale_evals
+        if done or stale or asked:
+            save(trainer, metrics, out_dir)
+            if asked and not done:
+                return f"stopped; go on with the same command and --init_from=resume (iter {trainer.iter_num:,})"
+            return f"stopped: no better val loss in {trainer.stale_evals} evaluations" if stale else "done"
         started = time.monotonic()
         loss = trainer.step(lr)
         pace.add_step(time.monotonic() - started)
+        if trainer.skipped_in_row:
+            print(f"iter {trainer.iter_num - 1}: loss or gradient is not finite, no update")
         if (trainer.iter_num - 1) % config.log_interval == 0:
             log(trainer, metrics, lr, loss, pace)
 
 
-def evaluate(trainer: Trainer, metrics: Metrics, lr: float, pace: "Pace"):
-    """The loss on both splits: a line to read, a record in the metrics, and the picture."""
-    started = time.monotonic()
+def evaluate(trainer: Trainer, metrics: Metrics | None, lr: float, pace: Pace, out_dir: Path) -> bool:
+    """The loss on both splits: a line, a record, the picture, and best.pt. Returns whether val loss improved."""
+    started, config = time.monotonic(), trainer.config
     train_loss, val_loss = trainer.evaluate(trainer.train_tokens), trainer.evaluate(trainer.val_tokens)
     pace.eval_s = time.monotonic() - started
-    trainer.just_improved = val_loss < trainer.best_val_loss
-    trainer.best_val_loss = min(trainer.best_val_loss, val_loss)
     print(f"step {trainer.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-    tokens = trainer.iter_num * trainer.config.tokens_per_iter
-    record = {"iter": trainer.iter_num, "tokens": tokens, "val_loss": val_loss, "train_loss_eval": train_loss}
-    metrics.write(**record, lr=lr, elapsed_s=pace.elapsed())
-    metrics.draw()
+    improved = val_loss < trainer.best_val_loss
+    stale = val_loss >= trainer.best_val_loss - config.early_stop_min_delta
+    trainer.evaluated_iter, trainer.stale_evals = trainer.iter_num, trainer.stale_evals + 1 if stale else 0
+    if improved:
+        trainer.best_val_loss, trainer.best_iter = val_loss, trainer.iter_num
+    if metrics:
+        tokens = trainer.iter_num * config.tokens_per_iter
+        record = {"iter": trainer.iter_num, "tokens": tokens, "val_loss": val_loss, "train_loss_eval": train_loss}
+        metrics.write(**record, lr=lr, elapsed_s=pace.elapsed())
+        metrics.draw()
+        if improved and trainer.iter_num:
+            save_best(out_dir, trainer.weights())
+    return improved
 
 
-def log(trainer: Trainer, metrics: Metrics, lr: float, loss: float, pace: "Pace"):
+def log(trainer: Trainer, metrics: Metrics | None, lr: float, loss: float, pace: Pace):
     """The iteration just done: a line to read, and a record in the metrics."""
-    iter_num, per_iter = trainer.iter_num - 1, trainer.config.tokens_per_iter
-    record = {"iter": iter_num, "tokens": iter_num * per_iter, "train_loss": loss, "lr": lr}
+    iter_num = trainer.iter_num - 1
+    record = {"iter": iter_num, "tokens": iter_num * trainer.config.tokens_per_iter, "train_loss": loss, "lr": lr}
     line = f"iter {iter_num}: loss {loss:.4f}, time {pace.last_s * 1000:.2f}ms"
     if seconds := pace.lap():
-        speed = per_iter / seconds
-        mfu = speed * trainer.model.flops_per_token() / 1e12 / pace.ceiling
-        record |= {"tokens_per_s": round(speed), "mfu": round(mfu, 4)}
-        line += f", {speed:,.0f} tokens/s, mfu {mfu:.1%}, ETA {duration(pace.eta())}"
+        record |= {"tokens_per_s": round(pace.tokens_per_s(seconds)), "mfu": round(pace.mfu(seconds), 4)}
+        line += f", {record['tokens_per_s']:,} tokens/s, mfu {record['mfu']:.1%}, ETA {duration(pace.eta())}"
     if memory := peak_memory_gb(trainer.device):
         record["peak_memory_gb"] = round(memory, 2)
         line += f", {memory:.1f} GB"
     print(f"{line}, epoch {trainer.epoch:.2f}")
-    metrics.write(**record, elapsed_s=pace.elapsed())
+    if metrics:
+        metrics.write(**record, elapsed_s=pace.elapsed())
+
+
+def save(trainer: Trainer, metrics: Metrics | None, out_dir: Path):
+    """The latest checkpoint, after the metrics that lead up to it."""
+    if metrics:
+        print(f"saving checkpoint to {out_dir}")
+        metrics.sync()
+        save_latest(out_dir, trainer.checkpoint())
+
+
+def go_back(trainer: Trainer, metrics: Metrics | None, out_dir: Path, rollbacks: int):
+    """To the last checkpoint, with other data ahead. Raises SystemExit if there is none or it has not helped."""
+    advice = "try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+    if not has_checkpoint(out_dir):
+        raise SystemExit(f"loss or weights are not finite at iter {trainer.iter_num}, before any checkpoint; {advice}")
+    if rollbacks > ROLLBACKS:
+        raise SystemExit(
+            f"loss or weights are not finite at iter {trainer.iter_num}, also after going back {ROLLBACKS} times; "
+            f"{advice}; {out_dir / LATEST} is good"
+        )
+    kept = {name: getattr(trainer, name) for name in ("position", "skipped_iters", "elapsed_s")}
+    trainer.restore(load_latest(out_dir))
+    for name, value in kept.items():
+        setattr(trainer, name, value)
+    if metrics:
+        metrics.forget_after(trainer.iter_num, trainer.evaluated_iter)
+    print(f"loss or weights are not finite: back to iter {trainer.iter_num}, with other data ahead")
 
 
 def get_lr(config: TrainConfig, iter_num: int) -> float:
@@ -131,42 +217,36 @@ def get_lr(config: TrainConfig, iter_num: int) -> float:
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) * (config.learning_rate - config.min_lr)
 
 
-class Pace:
-    """
-    How fast the iterations go and how long the rest takes. The first 20 of a start, in which compilation and caches
-    settle, and the evaluations are no measure and left out. `ceiling`: TFLOP/s that MFU is measured against.
-    """
+def summary(trainer: Trainer, pace: Pace) -> str:
+    """The run in `key: value` lines."""
+    lines = [
+        f"iterations: {trainer.iter_num:,}",
+        f"tokens: {trainer.iter_num * trainer.config.tokens_per_iter:,}",
+        f"epochs: {trainer.epoch:.2f}",
+        f"best_val_loss: {trainer.best_val_loss:.4f} at iter {trainer.best_iter:,}",
+        f"skipped_iterations: {trainer.skipped_iters}",
+        f"time: {duration(pace.elapsed())}",
+    ]
+    if pace.counted:
+        lines.append(f"tokens_per_s: {pace.tokens_per_s(pace.counted_s / pace.counted):,.0f}")
+    if memory := peak_memory_gb(trainer.device):
+        lines.append(f"peak_memory_gb: {memory:.2f}")
+    return "\n".join(lines)
 
-    SETTLING = 20
 
-    def __init__(self, trainer: Trainer, ceiling: float):
-        self.trainer, self.ceiling = trainer, ceiling
-        self.started = time.monotonic() - trainer.elapsed_s
-        self.steps, self.last_s, self.eval_s = 0, 0.0, 0.0
-        self.lap_steps, self.lap_s, self.per_iter_s = 0, 0.0, 0.0
+class StopSignal:
+    """Notices Ctrl-C and SIGTERM: `asked` from the first on; a second Ctrl-C is a KeyboardInterrupt."""
 
-    def elapsed(self) -> float:
-        """Seconds of this run so far, those before a resume included; also kept in the trainer."""
-        self.trainer.elapsed_s = round(time.monotonic() - self.started, 2)
-        return self.trainer.elapsed_s
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.notice)
 
-    def add_step(self, seconds: float):
-        self.steps, self.last_s = self.steps + 1, seconds
-        if self.steps > self.SETTLING:
-            self.lap_steps, self.lap_s = self.lap_steps + 1, self.lap_s + seconds
-
-    def lap(self) -> float:
-        """Mean seconds of the iterations since the last call; 0 as long as none counts."""
-        if self.lap_steps:
-            self.per_iter_s = self.lap_s / self.lap_steps
-            self.lap_steps, self.lap_s = 0, 0.0
-        return self.per_iter_s
-
-    def eta(self) -> float:
-        """Seconds to the end, at the present speed and with each evaluation that is due taking as long as the last."""
-        config, done = self.trainer.config, self.trainer.iter_num
-        evals = -(-config.max_iters // config.eval_interval) - (done - 1) // config.eval_interval
-        return (config.max_iters - done) * self.per_iter_s + evals * self.eval_s
+    def notice(self, number: int, _frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, b"\nsaving and stopping; Ctrl-C again stops at once\n")  # print may be what was interrupted
 
 
 if __name__ == "__main__":

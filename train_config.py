@@ -3,6 +3,7 @@ The settings of a training run, with nanoGPT's names: defaults, types, and the r
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from configurator import setting
 from model import GPTConfig
@@ -18,10 +19,13 @@ class TrainConfig:
     log_interval: int = setting(1, "iterations between printed lines")
     eval_iters: int = setting(200, "size of an evaluation in units of 16,384 tokens, at most the whole split")
     eval_only: bool = setting(False, "evaluate once and stop")
-    always_save_checkpoint: bool = setting(True, "save at each evaluation; False: only when val loss improves")
+    always_save_checkpoint: bool = setting(True, "save at each evaluation; False: when val loss improves, and last")
+    early_stop_patience: int = setting(0, "stop after so many evaluations without improving; 0: go on to max_iters")
+    early_stop_min_delta: float = setting(0.0, "what counts as improving val loss, in nats")
     plan: bool = setting(False, "print what the run takes, and stop")
     plan_vram_gb: float = setting(0.0, "plan for a card with so much memory; 0: this machine's")
     plan_tflops: float = setting(0.0, "plan with so many TFLOP/s; 0: by a matrix product timed on this machine")
+    allow_new_data: bool = setting(False, "resume although train.bin is not what the run began with")
     init_from: str = setting("scratch", "'scratch' or 'resume'")
     wandb_log: bool = setting(False, "log to Weights & Biases as well")
     wandb_project: str = setting("owt", "wandb's project")
@@ -59,7 +63,8 @@ class TrainConfig:
         positive = "eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size max_iters"
         problems = [f"{key} must be at least 1" for key in positive.split() if getattr(self, key) < 1]
         not_negative = "learning_rate weight_decay grad_clip warmup_iters min_lr plan_vram_gb plan_tflops vram_limit_gb"
-        problems += [f"{key} must not be negative" for key in not_negative.split() if getattr(self, key) < 0]
+        not_negative = [*not_negative.split(), "early_stop_patience", "early_stop_min_delta"]
+        problems += [f"{key} must not be negative" for key in not_negative if getattr(self, key) < 0]
         problems += [f"{key} must be in [0, 1)" for key in ("beta1", "beta2") if not 0 <= getattr(self, key) < 1]
         if not 0 <= self.seed < 2**32:
             problems.append("seed must be in [0, 2**32)")
@@ -73,6 +78,11 @@ class TrainConfig:
             problems.append(str(problem))
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder of train.bin, val.bin and meta.json."""
+        return Path("data") / self.dataset
 
     @property
     def tokens_per_iter(self) -> int:

@@ -3,9 +3,10 @@ What training changes, from the weights to the position in the data, and the thr
 an evaluation, a checkpoint.
 """
 
+import math
 from dataclasses import asdict
-from pathlib import Path
 
+import numpy as np
 import torch
 
 from backend import autocast, compile_model, limit_memory, use_tf32
@@ -13,42 +14,74 @@ from bins import open_bin, read_meta
 from loader import TrainWindows, eval_batches
 from loss import IGNORED
 from model import GPT, GPTConfig
+from ranks import Ranks
 from train_config import TrainConfig
 
 EVAL_TOKENS = 16 * 1024  # one of eval_iters, whatever the batch_size
+# What a checkpoint keeps of the trainer beside weights and optimizer, and what each is at the start of a run.
+PROGRESS = {
+    "iter_num": 0,
+    "position": 0,  # in the order of the training windows
+    "best_val_loss": float("inf"),
+    "best_iter": 0,
+    "evaluated_iter": -1,  # of the last evaluation
+    "stale_evals": 0,  # evaluations since val loss improved by early_stop_min_delta
+    "skipped_iters": 0,  # whose loss or gradient was not finite
+    "elapsed_s": 0.0,
+    "wandb_id": "",
+}
 
 
 def model_args(config: TrainConfig) -> dict:
     """The model's shape, as GPTConfig takes it; the vocabulary is that of the data, as far as meta.json tells."""
     shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")}
-    vocab_size = read_meta(Path("data") / config.dataset).get("vocab_size", 50257)
+    vocab_size = read_meta(config.data_dir).get("vocab_size", 50257)
     return {**shape, "vocab_size": -(-vocab_size // 64) * 64}  # a multiple of 64 is faster
 
 
 class Trainer:
-    """Raises SystemExit where there is no data that fits the shape."""
+    """
+    `ranks` share the windows of each iteration: this one takes every world_size-th. Raises SystemExit where there is
+    no data that fits the shape, or the windows cannot be shared.
+    """
 
-    def __init__(self, config: TrainConfig, device: torch.device, dtype: str):
-        self.config, self.device, self.dtype = config, device, dtype
+    def __init__(self, config: TrainConfig, device: torch.device, dtype: str, ranks: Ranks):
+        self.config, self.device, self.dtype, self.ranks = config, device, dtype, ranks
         use_tf32(device)
         limit_memory(config.vram_limit_gb, device)
         torch.manual_seed(config.seed)
-
         self.model_args = model_args(config)
-        data_dir, vocab_size = Path("data") / config.dataset, self.model_args["vocab_size"]
-        self.train_tokens = open_bin(data_dir, "train", config.block_size, vocab_size)
-        self.val_tokens = open_bin(data_dir, "val", config.block_size, vocab_size)
-        self.windows, self.position = TrainWindows(self.train_tokens, config.block_size, config.seed), 0
-        # smaller and more of them than configured once memory has run out
-        self.batch_size, self.gradient_accumulation_steps = config.batch_size, config.gradient_accumulation_steps
-        self.model = GPT(GPTConfig(**self.model_args)).to(self.device)
+        self.train_tokens = open_bin(config.data_dir, "train", config.block_size, self.model_args["vocab_size"])
+        self.val_tokens = open_bin(config.data_dir, "val", config.block_size, self.model_args["vocab_size"])
+        self.data = {"tokens": len(self.train_tokens), **read_meta(config.data_dir).get("train", {})}
+        self.windows = TrainWindows(self.train_tokens, config.block_size, config.seed)
+        self.windows_per_iter = config.batch_size * config.gradient_accumulation_steps
+        self.batch_size = self.largest_micro_batch(config.batch_size)
+
+        self.model = GPT(GPTConfig(**self.model_args)).to(device)
         self.optimizer = self.model.configure_optimizers(
-            config.weight_decay, config.learning_rate, (config.beta1, config.beta2), self.device.type
+            config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
-        self.forward = compile_model(self.model, self.device) if config.compile else self.model
-        self.iter_num, self.elapsed_s = 0, 0.0
-        self.best_val_loss, self.just_improved = float("inf"), False
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+        self.forward = compile_model(self.model, device) if config.compile else self.model
+        self.skipped_in_row = 0
+        for name, start in PROGRESS.items():
+            setattr(self, name, start)
+
+    def largest_micro_batch(self, limit: int) -> int:
+        """The largest micro-batch up to `limit` that divides this process's share of an iteration."""
+        share, rest = divmod(self.windows_per_iter, self.ranks.world_size)
+        if rest or not share:
+            raise SystemExit(
+                f"an iteration of {self.windows_per_iter} windows (batch_size x gradient_accumulation_steps) cannot be "
+                f"shared by {self.ranks.world_size} processes; make it a multiple of that"
+            )
+        return max(size for size in range(1, limit + 1) if share % size == 0)
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of this process in an iteration."""
+        return self.windows_per_iter // self.ranks.world_size // self.batch_size
 
     @property
     def epoch(self) -> float:
@@ -56,30 +89,42 @@ class Trainer:
         return self.position / self.windows.windows_per_epoch
 
     def step(self, lr: float) -> float:
-        """One iteration: the gradient over all micro-batches, clipped, and the update. Returns the mean loss."""
+        """
+        One iteration: the gradient over all micro-batches, clipped, and the update. Returns the mean loss. Where the
+        loss or the gradient is not finite there is no update.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = self.within_memory(self.forward_backward)
-        if self.config.grad_clip:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.position += self.config.batch_size * self.config.gradient_accumulation_steps
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
+        is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        if is_finite or self.scaler.is_enabled():  # which leaves out the update by itself, and lowers its scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
+        self.skipped_iters += not is_finite
+        self.position += self.windows_per_iter
         self.iter_num += 1
         return loss
 
     def forward_backward(self) -> float:
         """The gradient of the mean loss over the iteration's windows, micro-batch by micro-batch. Returns that loss."""
+        ranks, share = self.ranks, self.batch_size / self.windows_per_iter
         self.optimizer.zero_grad(set_to_none=True)
+        # Dropout depends on nothing but the seed and the iteration: a resumed run draws what it would have drawn.
+        seeds = np.random.SeedSequence([self.config.seed, self.iter_num, ranks.rank])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         total = torch.zeros((), device=self.device)
         for i in range(self.gradient_accumulation_steps):
-            x, y = self.windows.batch(self.position + i * self.batch_size, self.batch_size, self.device)
+            first = self.position + ranks.rank + i * self.batch_size * ranks.world_size
+            x, y = self.windows.batch(first, self.batch_size, self.device, stride=ranks.world_size)
             with autocast(self.dtype, self.device):
                 _, loss = self.forward(x, y)
-            loss = loss / self.gradient_accumulation_steps
+            loss = loss * share
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        ranks.sum([total, *(parameter.grad for parameter in self.model.parameters())])
         return total.item()  # waits for the device
 
     @torch.no_grad()
@@ -91,19 +136,20 @@ class Trainer:
         return loss
 
     def mean_loss(self, tokens) -> float:
-        total, count = torch.zeros((), device=self.device), 0
+        total, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         max_tokens = self.config.eval_iters * EVAL_TOKENS
-        for x, y in eval_batches(tokens, self.config.block_size, self.batch_size, max_tokens, self.device):
+        for x, y in eval_batches(tokens, self.config.block_size, self.batch_size, max_tokens, self.device, self.ranks):
             with autocast(self.dtype, self.device):
                 _, loss = self.forward(x, y)
             n = (y != IGNORED).sum()
             total, count = total + loss * n, count + n
+        self.ranks.sum([total, count])
         return (total / count).item()
 
     def within_memory(self, job):
         """
-        What job() returns. Where memory runs out, it is done again with a smaller micro-batch and as many more of
-        them: the same windows in the same order. Raises SystemExit where a single window is too much.
+        What job() returns. Where memory runs out, it is done again with a micro-batch of half the size and as many more
+        of them: the same windows in the same order. Raises SystemExit where a single window is too much.
         """
         while True:
             try:
@@ -112,50 +158,48 @@ class Trainer:
                 pass  # go on outside of this block, which keeps the tensors of the attempt alive
             if self.batch_size == 1:
                 raise SystemExit("out of memory with a micro-batch of one window; take a smaller model or block_size")
-            windows = self.batch_size * self.gradient_accumulation_steps
-            self.batch_size = max(size for size in range(1, self.batch_size) if self.batch_size % size == 0)
-            self.gradient_accumulation_steps = windows // self.batch_size
+            self.batch_size = self.largest_micro_batch(self.batch_size // 2)
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             print(
-                f"out of memory: going on with --batch_size={self.batch_size} "
-                f"--gradient_accumulation_steps={self.gradient_accumulation_steps}, which is the same training"
+                f"out of memory: going on with --batch_size={self.batch_size} --gradient_accumulation_steps="
+                f"{self.windows_per_iter // self.batch_size}, which is the same training"
             )
 
-    def checkpoint(self) -> dict:
-        """nanoGPT's fields, and what else is needed to go on: plain values and tensors only."""
+    def is_sound(self) -> bool:
+        """Whether all weights are finite."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
+    def weights(self) -> dict:
+        """What sampling needs, with nanoGPT's names."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "model_args": self.model_args,
             "iter_num": self.iter_num,
             "best_val_loss": self.best_val_loss,
             "config": asdict(self.config),
-            "position": self.position,
-            "elapsed_s": self.elapsed_s,
+        }
+
+    def checkpoint(self) -> dict:
+        """All that going on needs: plain values and tensors only."""
+        return {
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "data": self.data,
+            **{name: getattr(self, name) for name in PROGRESS},
         }
 
     def restore(self, checkpoint: dict):
-        """Takes up where the checkpoint stopped; reads nanoGPT's own too. Raises SystemExit if the shapes differ."""
-        other = checkpoint["model_args"]
-        differing = [f"{k}={other.get(k)}" for k, v in self.model_args.items() if k != "dropout" and other.get(k) != v]
-        if differing:
-            raise SystemExit(f"the checkpoint was trained with {', '.join(differing)}; resume with the same")
+        """Takes up where the checkpoint stopped; reads nanoGPT's own too."""
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.iter_num = checkpoint["iter_num"]
-        self.best_val_loss = float(checkpoint["best_val_loss"])
-        # nanoGPT's own checkpoints lack the following
-        windows_per_iter = self.config.tokens_per_iter // self.config.block_size
-        self.position = checkpoint.get("position", self.iter_num * windows_per_iter)
-        self.elapsed_s = checkpoint.get("elapsed_s", 0.0)
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        if "rng" in checkpoint:
-            torch.set_rng_state(checkpoint["rng"])
-        if self.device.type == "cuda" and checkpoint.get("cuda_rng"):
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        for name, start in PROGRESS.items():  # nanoGPT's have iter_num and best_val_loss only
+            setattr(self, name, checkpoint.get(name, start))
+        self.best_val_loss = float(self.best_val_loss)
+        if "position" not in checkpoint:
+            self.position = self.iter_num * self.windows_per_iter
+        self.skipped_in_row = 0

@@ -40,14 +40,26 @@ prepare_single_parquet.ThreadPoolExecutor = concurrent.futures.ProcessPoolExecut
 prepare_single_parquet.main(sys.argv[1:])
 """
 
-# The fastest that tiktoken can be: its numpy call in threads that share no Encoding; and the same with a shared one.
-TIKTOKEN_ALONE = """
-import sys, time, concurrent.futures, pyarrow.parquet
-from tokenizer import get_encoding
+# tiktoken.get_encoding("gpt2") without its download.
+ENCODING = """
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+from tokenizer import EOT, EOT_TEXT, read_ranks
+def new_encoding():
+    ranks, special = read_ranks(), {EOT_TEXT: EOT}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+"""
+
+# tiktoken as it comes, in threads: each with an Encoding of its own, which is its fastest, or sharing one.
+TIKTOKEN_ALONE = f"""{ENCODING}
+import sys, threading, time, concurrent.futures, pyarrow.parquet
 texts = pyarrow.parquet.read_table(sys.argv[1], columns=["text"]).column(0).to_pylist()
-workers, shared = int(sys.argv[2]), get_encoding() if sys.argv[3] == "shared" else None
+workers, shared, of_thread = int(sys.argv[2]), sys.argv[3] == "shared", threading.local()
+one_for_all = new_encoding()
 def tokens_from(start):
-    encode = (shared or get_encoding()).encode_to_numpy
+    if not hasattr(of_thread, "encoding"):
+        of_thread.encoding = one_for_all if shared else new_encoding()
+    encode = of_thread.encoding.encode_to_numpy
     return sum(len(encode(text, disallowed_special=())) for text in texts[start : start + 64])
 started = time.monotonic()
 with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -56,19 +68,18 @@ print(time.monotonic() - started)
 """
 
 # nanoGPT's method: datasets.map with a Python list of ids per document, then a memmap filled shard by shard.
-NANOGPT = """
+NANOGPT = f"""{ENCODING}
 import sys, datasets, numpy
-from tokenizer import EOT, get_encoding
 file, out_dir, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
-encoding = get_encoding()
+encoding = new_encoding()
 def process(row):
     ids = [*encoding.encode_ordinary(row["text"]), EOT]
-    return {"ids": ids, "len": len(ids)}
+    return dict(ids=ids, len=len(ids))
 texts = datasets.load_dataset("parquet", data_files=file, columns=["text"], split="train", cache_dir=out_dir)
 splits = texts.train_test_split(test_size=0.005, seed=1, shuffle=True)
 for name, split in splits.map(process, remove_columns=["text"], num_proc=workers).items():
     total = int(numpy.sum(split["len"], dtype=numpy.uint64))
-    bin = numpy.memmap(f"{out_dir}/{name}.bin", dtype=numpy.uint16, mode="w+", shape=(total,))
+    bin = numpy.memmap(out_dir + "/" + name + ".bin", dtype=numpy.uint16, mode="w+", shape=(total,))
     position, shards = 0, min(1024, len(split))
     for index in range(shards):
         shard = split.shard(num_shards=shards, index=index, contiguous=True).with_format("numpy")

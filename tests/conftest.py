@@ -12,12 +12,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # more only wait for one another in models this small
 
 
 def run(script, *args, cwd=None, env=None):
     """Runs a script of the project to its end; env changes the environment (None removes). Returns text output."""
     command = [sys.executable, ROOT / script, *map(str, args)]
-    # One thread: more only wait for one another in models this small.
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     env = {key: value for key, value in env.items() if value is not None}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
@@ -86,6 +86,22 @@ def bins(tmp_path_factory):
 def train(bins, out_dir, *, env=None, **changes):
     settings = {**TINY, "dataset": bins, "out_dir": out_dir, **changes}
     return run("train.py", *(f"--{key}={value}" for key, value in settings.items()), env=env)
+
+
+def start(bins, out_dir, **changes):
+    """The same as a Popen, each line of its output there as soon as it is printed."""
+    settings = {**TINY, "dataset": bins, "out_dir": out_dir, **changes}
+    command = [sys.executable, "-u", ROOT / "train.py", *(f"--{key}={value}" for key, value in settings.items())]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def wait_for(process, beginning):
+    """Reads the output up to a line that begins so."""
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"ended without '{beginning}': {process.stderr.read()}")
 
 
 def metrics(out_dir):

@@ -6,6 +6,7 @@ import torch
 
 from loader import TrainWindows, eval_batches
 from loss import IGNORED
+from ranks import Ranks
 
 CPU = torch.device("cpu")
 BLOCK = 8
@@ -102,7 +103,7 @@ def test_it_reads_a_file_and_the_largest_ids(tmp_path):
 
 def eval_rows(n: int, batch_size: int, max_tokens: int):
     """The inputs and targets of all batches, after a look at their shapes, without the rows that only fill up."""
-    batches = list(eval_batches(ramp(n), BLOCK, batch_size, max_tokens, CPU))
+    batches = list(eval_batches(ramp(n), BLOCK, batch_size, max_tokens, CPU, Ranks()))
     for x, y in batches:
         assert x.shape == y.shape == (batch_size, BLOCK)  # always full: a compiled model knows one shape
         assert x.dtype == y.dtype == torch.int64

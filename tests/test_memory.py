@@ -15,6 +15,7 @@ from loader import TrainWindows
 from loss import linear_cross_entropy
 from model import GPT, GPTConfig
 from plan import predict_memory
+from ranks import Ranks
 from train_config import TrainConfig
 from trainer import Trainer
 
@@ -34,7 +35,7 @@ class Small:
 
 def make_trainer(bins, **changes):
     settings = {**TINY, "dataset": str(bins), **changes}
-    return Trainer(TrainConfig(**settings), torch.device("cpu"), "float32")
+    return Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What prepare_single_parquet.py makes of parquet files, against ten lines of tiktoken and numpy; what it refuses."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pyarrow import parquet
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext import openai_public
 
+import make_demo_parquet
 import prepare_single_parquet
 
 PREPARE = "prepare_single_parquet.py"
@@ -148,11 +150,11 @@ def test_max_documents_and_max_tokens(source, tmp_path):
 
 def test_wrong_token_counts_are_reported_with_row_group_and_row(tmp_path):
     counts = [len(GPT2.encode_ordinary(text)) if text else 0 for text in TEXTS[:250]]
-    right = counts[123]
-    counts[123], counts[7] = right + 1, None
+    right = counts[190]
+    counts[190], counts[7] = right + 1, None
     source = write_parquet(tmp_path / "a.parquet", TEXTS[:250], token_count=counts)
     result = run(PREPARE, source, f"--out_dir={tmp_path / 'out'}")
-    assert f"row group 1, row 23: {right} tokens, but token_count is {right + 1}" in result.stdout
+    assert f"row group 1, row 90: {right} tokens, but token_count is {right + 1}" in result.stdout
     assert summary(result)["token_count_column"] == "1 of 249 documents differ"
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert (meta["token_counts_compared"], meta["token_counts_differing"]) == (249, 1)
@@ -168,6 +170,23 @@ def test_small_files(tmp_path):
     for name, words in {"one": "nothing for train.bin", "none": "nothing for train.bin and val.bin"}.items():
         assert_one_sentence(run(PREPARE, f"{name}.parquet", f"--out_dir={name}", cwd=tmp_path), words)
         assert list((tmp_path / name).iterdir()) == []
+
+
+def test_the_demo_file_is_like_fineweb(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_demo_parquet, "MAX_TOKENS", 20_000)
+    odd = [
+        ("lone", "a\ud800b"),
+        ("special", "<|endoftext|>"),
+        *itertools.islice(make_demo_parquet.read_documents(), 79),
+    ]
+    monkeypatch.setattr(make_demo_parquet, "read_documents", lambda: odd)
+    make_demo_parquet.main()
+    table = parquet.read_table("data/demo/train/docs.parquet")
+    fineweb = "text id dump url date file_path language language_score token_count"
+    assert table.column_names == fineweb.split()
+    assert table["token_count"].to_pylist() == [len(GPT2.encode_ordinary(text)) for text in table["text"].to_pylist()]
+    assert 20_000 <= sum(table["token_count"].to_pylist()) < 40_000
 
 
 KINDS = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
@@ -235,6 +254,8 @@ def test_complete_bins_are_left_alone_and_other_ones_are_not_lost(source, prepar
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out_dir.iterdir()} == before
     run(PREPARE, changed, f"--out_dir={out_dir}", "--overwrite")
     assert read_bins(out_dir) == reference_bins([*TEXTS[:-1], "another last text"])
+    os.truncate(out_dir / "val.bin", 100)
+    assert_one_sentence(run(PREPARE, changed, f"--out_dir={out_dir}"), "bins of other sizes than its meta.json says")
     (out_dir / "meta.json").unlink()
     assert_one_sentence(run(PREPARE, changed, f"--out_dir={out_dir}"), "bins of unknown origin")
 

@@ -1,0 +1,311 @@
+"""What a night can bring: signals, kills, damaged files, a full disk, bad numbers, other settings, more processes."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_one_sentence, load, make_bins, metrics, start, train, wait_for
+
+import train as train_script
+from metrics import Metrics
+from pace import Pace
+from ranks import Ranks
+from train_config import TrainConfig
+from trainer import Trainer
+
+
+def losses(out_dir):
+    """What the metrics hold, without the times."""
+    kept = ("iter", "tokens", "train_loss", "val_loss", "train_loss_eval", "lr")
+    return [{key: record[key] for key in kept if key in record} for record in metrics(out_dir)]
+
+
+def assert_same_run(one, other):
+    """Bit for bit the same weights, optimizer and metrics."""
+    first, second = load(one), load(other)
+    assert first["iter_num"] == second["iter_num"] and first["position"] == second["position"]
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    for number, state in first["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, second["optimizer"]["state"][number][name]), (number, name)
+    assert losses(one) == losses(other)
+    assert torch.equal(
+        load(one, "best.pt")["model"]["lm_head.weight"], load(other, "best.pt")["model"]["lm_head.weight"]
+    )
+
+
+@pytest.fixture(scope="session")
+def undisturbed(bins, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("undisturbed")
+    assert train(bins, out_dir).returncode == 0
+    return out_dir
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dropout": 0.2},
+        {"dtype": "bfloat16", "gradient_accumulation_steps": 1},
+        {"dropout": 0.2, "dtype": "bfloat16", "compile": True, "max_iters": 25},
+    ],
+    ids=["dropout", "bfloat16", "compiled, dropout, bfloat16"],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_stopped_and_resumed_is_the_same_run(bins, tmp_path, changes, number):
+    if changes.get("compile") and number == signal.SIGTERM:
+        pytest.skip("compiling takes long, and does not depend on the signal")
+    assert train(bins, tmp_path / "whole", **changes).returncode == 0
+    process = start(bins, tmp_path / "parts", **changes)
+    wait_for(process, "iter 12:")
+    process.send_signal(number)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert "--init_from=resume" in stdout
+    stopped_at = load(tmp_path / "parts")["iter_num"]
+    assert 13 <= stopped_at < 20  # not at an evaluation, where it is saved anyway
+    resumed = train(bins, tmp_path / "parts", init_from="resume", **changes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "changed since" not in resumed.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_second_ctrl_c_stops_at_once(bins, tmp_path):
+    process = start(bins, tmp_path, max_iters=10**6, lr_decay_iters=10**6, gradient_accumulation_steps=10**6)
+    wait_for(process, "step 0:")  # in an iteration that would take hours
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "Ctrl-C again" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in stderr
+
+
+def test_killed_at_random_moments_it_is_the_same_run(bins, tmp_path):
+    """kill -9, five times in a run that saves every 10 iterations; benchmarks/torture_train.py does it more often."""
+    changes = {"max_iters": 150, "eval_interval": 10, "dropout": 0.1}
+    assert train(bins, tmp_path / "whole", **changes).returncode == 0
+    out_dir, killed = tmp_path / "parts", 0
+    random.seed(5)
+    while killed < 5:
+        process = start(bins, out_dir, init_from="resume" if (out_dir / "ckpt.pt").exists() else "scratch", **changes)
+        wait_for(process, "step ")
+        try:
+            process.wait(random.random())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            killed += 1
+        process.communicate()
+        assert process.returncode != 0, "it ended before it was killed often enough"
+    assert not (out_dir / "ckpt.pt").exists() or load(out_dir)["iter_num"] < 150
+    finished = train(bins, out_dir, init_from="resume", **changes)
+    assert finished.returncode == 0, finished.stderr
+    assert_same_run(tmp_path / "whole", out_dir)
+    assert not list(out_dir.glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(bins, undisturbed, tmp_path, damage):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").unlink()
+    if damage == "truncated":
+        (tmp_path / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
+    result = train(bins, tmp_path, init_from="resume")
+    assert result.returncode == 0, result.stderr
+    assert f"going back to {tmp_path / 'ckpt-previous.pt'}" in result.stdout
+    assert_same_run(undisturbed, tmp_path)
+
+
+def test_a_disk_that_fills_keeps_the_checkpoint(bins, tmp_path):
+    """A real file system of 4 MB, filled while the run goes on; then with room again the run goes on."""
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        process = start(bins, tmp_path / "out", max_iters=10**6, lr_decay_iters=10**6)
+        wait_for(process, "iter 25:")
+        good = load(tmp_path / "out")["iter_num"]
+        with open(tmp_path / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode not in (0, None)
+        assert len(stderr.strip().splitlines()) == 1 and "resume" in stderr, stderr
+        (tmp_path / "filler").unlink()
+        names = [name for name in ("ckpt.pt", "ckpt-previous.pt") if (tmp_path / "out" / name).exists()]
+        assert load(tmp_path / "out", names[0])["iter_num"] >= good
+        assert train(bins, tmp_path / "out", init_from="resume", max_iters=good + 40).returncode == 0
+        (tmp_path / "filler").write_bytes(bytes(shutil.disk_usage(tmp_path).free - 300_000))
+        assert_one_sentence(train(bins, tmp_path / "other"), "make room")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+class Poisoned:
+    """A forward pass whose loss is not a number in the iterations named."""
+
+    def __init__(self, trainer, is_poisoned):
+        self.trainer, self.is_poisoned = trainer, is_poisoned
+
+    def __call__(self, x, y):
+        _, loss = self.trainer.model(x, y)
+        poisoned = torch.is_grad_enabled() and self.is_poisoned(self.trainer)
+        return None, loss * float("nan") if poisoned else loss
+
+
+def run_poisoned(bins, out_dir, is_poisoned, **changes):
+    settings = {**TINY, "dataset": str(bins), "out_dir": str(out_dir), **changes}
+    trainer = Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
+    trainer.forward = Poisoned(trainer, is_poisoned)
+    out_dir.mkdir(exist_ok=True)
+    train_script.train(trainer, Metrics(out_dir), Pace(trainer, 1.0), out_dir, train_script.StopSignal())
+    return trainer
+
+
+def test_a_bad_iteration_is_left_out(bins, tmp_path, capsys):
+    trainer = run_poisoned(bins, tmp_path, lambda trainer: trainer.iter_num in (7, 8, 30))
+    assert trainer.iter_num == 45 and trainer.skipped_iters == 3
+    assert load(tmp_path)["skipped_iters"] == 3
+    assert trainer.best_val_loss < 3  # and it learns as ever
+    assert len(re.findall("not finite, no update", capsys.readouterr().out)) == 3
+
+
+def test_bad_data_is_gone_around(bins, tmp_path, capsys):
+    """Windows 25 to 35 iterations in are poison: five bad iterations lead back to iteration 20, and on past them."""
+    poison = range(25 * 16, 35 * 16)
+    trainer = run_poisoned(bins, tmp_path, lambda trainer: trainer.position in poison)
+    assert trainer.iter_num == 45 and trainer.skipped_iters == 10
+    assert trainer.position == (25 + 5 + 5 + 25) * 16  # from 30 and 25 back to 20, with the data going on
+    assert "back to iter 20, with other data ahead" in capsys.readouterr().out
+    assert [r["iter"] for r in metrics(tmp_path) if "train_loss" in r] == list(range(45))
+    assert all(torch.isfinite(value).all() for value in load(tmp_path)["model"].values())
+
+
+def test_numbers_that_stay_bad_end_the_run_with_a_good_checkpoint(bins, tmp_path):
+    with pytest.raises(SystemExit, match="learning_rate.*ckpt.pt is good"):
+        run_poisoned(bins, tmp_path, lambda trainer: trainer.iter_num >= 25)
+    assert load(tmp_path)["iter_num"] == 20
+    with pytest.raises(SystemExit, match="before any checkpoint"):
+        run_poisoned(bins, tmp_path / "other", lambda trainer: True)
+
+
+def test_weights_that_are_not_finite_are_never_saved(bins, tmp_path):
+    """They go bad in the iteration before a checkpoint is due, once."""
+    done = []
+
+    def break_weights(trainer):
+        if trainer.iter_num == 40 and not done:  # asked during iteration 40; the next evaluation is at 45
+            done.append(True)
+            trainer.optimizer.register_step_post_hook(lambda *_: break_one(trainer) if len(done) < 2 else None)
+        return False
+
+    def break_one(trainer):
+        done.append(True)
+        with torch.no_grad():
+            trainer.model.transformer.wpe.weight[31] = float("inf")  # of the last position
+
+    trainer = run_poisoned(bins, tmp_path, break_weights, max_iters=41)
+    assert trainer.iter_num == 41 and len(done) == 2
+    for name in ("ckpt.pt", "ckpt-previous.pt", "best.pt"):
+        assert all(torch.isfinite(value).all() for value in load(tmp_path, name)["model"].values())
+
+
+def test_a_plateau_ends_the_run(bins, tmp_path):
+    """With a learning rate of nothing no evaluation improves on the first."""
+    changes = {"learning_rate": 0.0, "min_lr": 0.0, "eval_interval": 5, "early_stop_patience": 3}
+    result = train(bins, tmp_path, **changes)
+    assert result.returncode == 0, result.stderr
+    assert "no better val loss in 3 evaluations" in result.stdout
+    assert load(tmp_path)["iter_num"] == 15
+    impatient = train(bins, tmp_path / "other", eval_interval=5, early_stop_patience=1, early_stop_min_delta=9.0)
+    assert load(tmp_path / "other")["iter_num"] == 5, impatient.stderr  # it learns, but never by 9 nats at once
+
+
+def test_resume_tells_what_changed(bins, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    result = train(bins, tmp_path, init_from="resume", max_iters=50, weight_decay=0.2)
+    assert result.returncode == 0, result.stderr
+    assert re.findall("^changed since: .*", result.stdout, re.M) == [
+        "changed since: max_iters 45 -> 50",
+        "changed since: weight_decay 0.1 -> 0.2",
+    ]
+    assert [r["iter"] for r in metrics(tmp_path) if "train_loss" in r] == list(range(50))
+
+
+def test_other_data_are_refused_unless_told(undisturbed, tmp_path):
+    data, out_dir = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    make_bins(data)
+    (data / "meta.json").write_text(json.dumps({"vocab_size": 250, "train": {"sha256": "other"}}))
+    shutil.copytree(undisturbed, out_dir)
+    assert_one_sentence(train(data, out_dir, init_from="resume", max_iters=50), "--allow_new_data")
+    assert train(data, out_dir, init_from="resume", max_iters=50, allow_new_data=True).returncode == 0
+
+
+def test_wandb_goes_on_in_the_same_run(bins, tmp_path):
+    out_dir, env = tmp_path / "out", {"HOME": str(tmp_path), "WANDB_API_KEY": None, "WANDB_MODE": None}
+    for changes in ({"max_iters": 2}, {"max_iters": 4, "init_from": "resume"}):
+        assert train(bins, out_dir, wandb_log=True, env=env, **changes).returncode == 0
+    runs = [path.name for path in (out_dir / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and len({name.rsplit("-")[-1] for name in runs}) == 1
+
+
+def test_the_summary_tells_the_run(bins, tmp_path):
+    result = train(bins, tmp_path, max_iters=45)
+    lines = dict(line.split(": ", 1) for line in result.stdout.splitlines() if re.match("[a-z_ ]+: ", line))
+    assert lines["iterations"] == "45" and lines["tokens"] == f"{45 * 512:,}" and lines["skipped_iterations"] == "0"
+    assert float(lines["epochs"]) == pytest.approx(45 * 16 / (19_999 // 32 - 1), abs=0.01)
+    evals = {r["iter"]: r["val_loss"] for r in metrics(tmp_path) if "val_loss" in r}
+    best = min(evals, key=evals.get)
+    assert lines["best_val_loss"] == f"{evals[best]:.4f} at iter {best}"
+    assert load(tmp_path, "best.pt")["iter_num"] == best
+
+
+def torchrun(processes, bins, out_dir, **changes):
+    settings = {**TINY, "dataset": bins, "out_dir": out_dir, **changes}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [ROOT / "train.py", *(f"--{key}={value}" for key, value in settings.items())]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_train_as_one(bins, undisturbed, tmp_path, processes):
+    """Stopped and resumed with one process more or less: losses of the run with one, to the rounding of float32."""
+    result = torchrun(processes, bins, tmp_path, max_iters=20)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall("^iter 5:", result.stdout, re.M)) == 1  # one process prints
+    assert torchrun(6 - processes, bins, tmp_path, init_from="resume").returncode == 0
+    for one, other in zip(losses(undisturbed), losses(tmp_path), strict=True):
+        assert one["iter"] == other["iter"]
+        for key in ("train_loss", "val_loss", "train_loss_eval"):
+            assert one.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-3)  # grows over 45 iterations
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(bins, tmp_path):
+    result = torchrun(3, bins, tmp_path)
+    assert result.returncode != 0 and "cannot be shared by 3 processes" in " ".join(result.stderr.split())
+
+
+def test_any_signal_stops_all_processes(bins, tmp_path):
+    settings = {**TINY, "dataset": bins, "out_dir": tmp_path, "max_iters": 10**6, "lr_decay_iters": 10**6}
+    command = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [ROOT / "train.py", *(f"--{key}={value}" for key, value in settings.items())]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    wait_for(process, "iter 22:")
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGTERM)  # only one, and not the launcher
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "stopped; go on" in stdout
+    assert load(tmp_path)["iter_num"] >= 23
