@@ -55,6 +55,31 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+class KVCache:
+    """
+    What attention remembers of the tokens that a model has read, in memory set aside once: for each layer the keys and
+    the values, both (B, n_head, slots, head_size). A token's slot is its position.
+    """
+
+    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]]):
+        self.layers = layers
+
+    @classmethod
+    def empty(cls, config: GPTConfig, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device):
+        shape = (batch_size, config.n_head, slots, config.n_embd // config.n_head)
+        return cls([tuple(torch.zeros(2, *shape, dtype=dtype, device=device)) for _ in range(config.n_layer)])
+
+    def part(self, rows: int, slots: int) -> "KVCache":
+        """Its first rows and slots: the same memory, and less of it to look through."""
+        return KVCache([(keys[:rows, :, :slots], values[:rows, :, :slots]) for keys, values in self.layers])
+
+    def at(self, positions) -> list[tuple]:
+        """What each layer takes to read tokens at `positions`, int64 (T,): the cache, where to write, what to see."""
+        slots = torch.arange(self.layers[0][0].size(2), device=positions.device)
+        visible = slots <= positions[:, None]  # (T, slots): each token sees itself and those before
+        return [(keys, values, positions, visible) for keys, values in self.layers]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -64,13 +89,19 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, past=None):
         B, T, C = x.size()
         q, k, v = (  # each (B, n_head, T, head_size)
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2)
         )
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, n_head, T, head_size)
+        if past is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, n_head, T, head_size)
+        else:
+            keys, values, positions, visible = past
+            keys.index_copy_(2, positions, k)
+            values.index_copy_(2, positions, v)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -94,8 +125,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -138,25 +169,29 @@ class GPT(nn.Module):
         attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
         return 6 * self.get_num_params() + attention
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None, positions=None):
         """
         idx: int64 (B, T), T at most block_size. Without targets: the logits of the last position, (B, 1, vocab_size),
         and None. With targets, int64 (B, T): None, and the mean cross entropy in nats over those not IGNORED.
+        With a KVCache of B rows, idx stands at `positions`, int64 (T,), after the tokens that the cache holds, and is
+        added to them.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx, cache, positions)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
         return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    def hidden(self, idx):
-        """What the head reads: (B, T, n_embd) for idx, int64 (B, T)."""
+    def hidden(self, idx, cache=None, positions=None):
+        """What the head reads: (B, T, n_embd) for idx, int64 (B, T). cache and positions: as in forward()."""
         T = idx.size(1)
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
-        positions = torch.arange(T, device=idx.device)
+        if positions is None:
+            positions = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, n_embd)
-        for block in self.transformer.h:
-            x = block(x)
+        pasts = [None] * self.config.n_layer if cache is None else cache.at(positions)
+        for block, past in zip(self.transformer.h, pasts):
+            x = block(x, past)
         return self.transformer.ln_f(x)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):

@@ -35,6 +35,7 @@ ROLLBACKS = 2  # in a row, without a checkpoint in between, after which it gives
 
 
 def main(arguments: list[str]):
+    sys.stdout.reconfigure(line_buffering=True)  # a log file is as far as the run is
     config = configure(TrainConfig, arguments, __doc__)
     out_dir = Path(config.out_dir)
     if config.init_from == "scratch" and has_checkpoint(out_dir) and not (config.eval_only or config.plan):

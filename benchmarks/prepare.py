@@ -50,15 +50,16 @@ def new_encoding():
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 """
 
-# tiktoken as it comes, in threads: each with an Encoding of its own, which is its fastest, or sharing one.
+# tiktoken as it comes, in threads: each with an Encoding of its own ("apart", its fastest), or all with one ("shared");
+# and apart with the project's own form of the pattern ("pattern").
 TIKTOKEN_ALONE = f"""{ENCODING}
-import sys, threading, time, concurrent.futures, pyarrow.parquet
+import sys, threading, time, concurrent.futures, pyarrow.parquet, tokenizer
 texts = pyarrow.parquet.read_table(sys.argv[1], columns=["text"]).column(0).to_pylist()
-workers, shared, of_thread = int(sys.argv[2]), sys.argv[3] == "shared", threading.local()
-one_for_all = new_encoding()
+workers, way, of_thread, shared = int(sys.argv[2]), sys.argv[3], threading.local(), new_encoding()
+make = dict(apart=new_encoding, shared=lambda: shared, pattern=tokenizer.get_encoding)[way]
 def tokens_from(start):
     if not hasattr(of_thread, "encoding"):
-        of_thread.encoding = one_for_all if shared else new_encoding()
+        of_thread.encoding = make()
     encode = of_thread.encoding.encode_to_numpy
     return sum(len(encode(text, disallowed_special=())) for text in texts[start : start + 64])
 started = time.monotonic()
@@ -106,6 +107,7 @@ def main():
         "cores": cores(),
         "versions": {"python": platform.python_version(), **versions("tiktoken", "pyarrow", "numpy", "datasets")},
         "commit": commit(),
+        "load_average_before": round(os.getloadavg()[0], 2),  # of other work on the machine
     }
     with tempfile.TemporaryDirectory() as folder:
         results["speed"] = speed(args.file, Path(folder), args.repeats)
@@ -121,6 +123,7 @@ def speed(file: Path, folder: Path, repeats: int) -> dict:
         "nanogpt": [sys.executable, "-c", NANOGPT, file, "OUT", workers],
         "tiktoken_alone": [sys.executable, "-c", TIKTOKEN_ALONE, file, workers, "apart"],
         "tiktoken_alone_shared": [sys.executable, "-c", TIKTOKEN_ALONE, file, workers, "shared"],
+        "tiktoken_alone_our_pattern": [sys.executable, "-c", TIKTOKEN_ALONE, file, workers, "pattern"],
         "ours_with_processes": [
             *(sys.executable, "-c", WITH_PROCESSES, file),
             *(f"--out_dir={folder}/processes", "--overwrite", f"--num_workers={workers}"),
@@ -130,21 +133,24 @@ def speed(file: Path, folder: Path, repeats: int) -> dict:
     for repeat in range(repeats):
         for name, command in ways.items():
             with tempfile.TemporaryDirectory(dir=folder) as cache:  # nanoGPT's method would find its last result
-                runs[name].append(measure([cache if part == "OUT" else part for part in command]))
+                run = measure([cache if part == "OUT" else part for part in command])
+            if name.startswith("tiktoken"):  # without the start of Python and the reading
+                run["s"] = float(run["output"])
+            runs[name].append(run)
         print(f"round {repeat + 1}: " + ", ".join(f"{name} {found[-1]['s']:.2f} s" for name, found in runs.items()))
-    for run in runs["tiktoken_alone"] + runs["tiktoken_alone_shared"]:
-        run["s"] = float(run.pop("output"))  # without the start of Python and the reading
     seconds = {name: statistics.median(run["s"] for run in found) for name, found in runs.items()}
     tokens = count_tokens(folder / "ours")
     ratios = {
         "ours_times_as_fast_as_nanogpt": seconds["nanogpt"] / seconds["ours"],
         "ours_rate_of_tiktoken_alone": seconds["tiktoken_alone"] / seconds["ours"],
         "threads_times_as_fast_as_processes": seconds["ours_with_processes"] / seconds["ours"],
+        "apart_times_as_fast_as_shared": seconds["tiktoken_alone_shared"] / seconds["tiktoken_alone"],
+        "our_pattern_times_as_fast": seconds["tiktoken_alone"] / seconds["tiktoken_alone_our_pattern"],
     }
-    print(f"\n{tokens:,} tokens, {workers} workers\n{'way':22}{'seconds':>9}{'M tokens/s':>12}{'peak MB':>9}")
+    print(f"\n{tokens:,} tokens, {workers} workers\n{'way':28}{'seconds':>9}{'M tokens/s':>12}{'peak MB':>9}")
     for name, found in runs.items():
         peak = max(run["peak_mb"] for run in found)
-        print(f"{name:22}{seconds[name]:9.2f}{tokens / seconds[name] / 1e6:12.2f}{peak:9.0f}")
+        print(f"{name:28}{seconds[name]:9.2f}{tokens / seconds[name] / 1e6:12.2f}{peak:9.0f}")
     print("\n".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
     return {
         "tokens": tokens,

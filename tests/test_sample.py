@@ -1,13 +1,18 @@
 """sample.py at its doors, against transformers' generate."""
 
+import io
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import assert_one_sentence, gpt2_of, run
+from conftest import ROOT, assert_one_sentence, gpt2_of
 
 from model import GPT, GPTConfig
-from tokenizer import get_encoding
+from sample import Page, SampleConfig, Text, main, write_batch, write_samples
+from tokenizer import EOT, get_encoding
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "bias": True, "dropout": 0.1, "vocab_size": 50304}
 
@@ -22,34 +27,69 @@ def save(folder, change=lambda weights: None, prefix=""):
     return checkpoint
 
 
-def sample(out_dir, *flags):
-    return run("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=1", "--max_new_tokens=30", *flags)
+def flags_of(out_dir, flags):
+    return [f"--out_dir={out_dir}", "--device=cpu", "--num_samples=1", "--max_new_tokens=30", *flags]
 
 
-def test_greedy_is_that_of_transformers(tmp_path):
+def door(out_dir, *flags, stdin=None):
+    """sample.py as a process."""
+    command = [sys.executable, ROOT / "sample.py", *flags_of(out_dir, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads only wait for one another in models this small
+    return subprocess.run(command, env=env, input=stdin, capture_output=True, encoding="utf-8")
+
+
+def sample(out_dir, *flags, stdin=""):
+    """The same without the seconds that a new Python takes."""
+    streams = [
+        io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+        for content in (stdin.encode(errors="surrogatepass"), b"", b"")
+    ]
+    before, returncode = (sys.stdin, sys.stdout, sys.stderr), 0
+    sys.stdin, sys.stdout, sys.stderr = streams
+    try:
+        main(flags_of(out_dir, flags))
+    except SystemExit as end:
+        print(end, file=sys.stderr)
+        returncode = 1
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = before
+    for stream in streams[1:]:
+        stream.flush()
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in streams[1:])
+    return subprocess.CompletedProcess(flags, returncode, stdout, stderr)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_greedy_is_that_of_transformers(penalty, tmp_path):
     """temperature 0 against generate(do_sample=False), the padded ids forbidden in both; top_k=1 is the same."""
     model = gpt2_of(save(tmp_path)).eval()
     prompt = get_encoding().encode("Once upon a time")
     ids = model.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=30, suppress_tokens=list(range(50257, 50304)),
-        pad_token_id=0, eos_token_id=None,
+        pad_token_id=0, eos_token_id=None, repetition_penalty=penalty,
     )  # fmt: skip
-    result = sample(tmp_path, "--start=Once upon a time", "--temperature=0")
+    flags = ("--start=Once upon a time", f"--repetition_penalty={penalty}")
+    result = door(tmp_path, *flags, "--temperature=0")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(get_encoding().decode(ids[0].tolist()))
-    assert sample(tmp_path, "--start=Once upon a time", "--top_k=1").stdout == result.stdout
+    assert result.stdout == get_encoding().decode(ids[0].tolist()) + "\n---------------\n"
+    assert sample(tmp_path, *flags, "--top_k=1").stdout == result.stdout
+
+
+def want(token, strength=10.0):
+    """A change of weights: a model that wants nothing but this token (or these, as a slice)."""
+
+    def change(weights):
+        weights["transformer.ln_f.weight"].zero_()
+        weights["transformer.ln_f.bias"].fill_(1.0)  # what the head reads at every position
+        weights["lm_head.weight"][token] = strength
+
+    return change
 
 
 def test_padded_ids_are_never_drawn(tmp_path):
     """A model that wants nothing but the ids past 50256, which tiktoken cannot decode."""
-
-    def want_padding(weights):
-        weights["transformer.ln_f.weight"].zero_()
-        weights["transformer.ln_f.bias"].fill_(1.0)  # what the head reads at every position
-        weights["lm_head.weight"][50257:] = 10.0
-
-    save(tmp_path, want_padding)
-    for flag in ("--temperature=0", "--temperature=1.5", "--top_k=0", "--top_k=3"):
+    save(tmp_path, want(slice(50257, None)))
+    for flag in ("--temperature=0", "--temperature=1.5", "--top_k=0", "--top_k=3", "--top_p=0.5"):
         result = sample(tmp_path, flag)
         assert result.returncode == 0, result.stderr
 
@@ -77,6 +117,137 @@ def test_num_samples(tmp_path):
     assert len(samples) == 4 and len(set(samples)) == 4
 
 
+def test_end_of_text_ends_a_sample(tmp_path):
+    save(tmp_path, want(EOT))
+    result = sample(tmp_path, "--start=The end.", "--num_samples=2")
+    assert result.stdout == 2 * "The end.\n---------------\n"
+    assert result.stderr.splitlines()[-1].startswith("2 tokens in ")
+    result = sample(tmp_path, "--start=The end.", "--stop=false", "--max_new_tokens=3")
+    assert result.stdout == "The end." + 3 * "<|endoftext|>" + "\n---------------\n"
+
+
+def test_the_last_line_tells_the_speed_and_only_text_is_on_stdout(tmp_path):
+    save(tmp_path)
+    result = sample(tmp_path, "--start=So", "--num_samples=2")
+    assert re.fullmatch(r"60 tokens in \d+\.\d s: [\d,]+\.\d tokens/s\n", result.stderr)
+    assert "tokens/s" not in result.stdout and result.stdout.startswith("So")
+
+
+def test_a_context_that_slides_is_said_once(tmp_path):
+    save(tmp_path)  # block_size 48
+    assert "the model sees" not in sample(tmp_path, "--start=So").stderr
+    result = door(tmp_path, "--interactive", "--max_new_tokens=60", stdin="So\nSo\n")
+    assert result.stderr.count("the model sees 48 tokens") == 1
+    assert "the last 24" in result.stderr
+
+
+# ---- where the prompt comes from, and how the text goes out
+
+
+def test_the_prompt_from_stdin(tmp_path):
+    save(tmp_path)
+    expected = sample(tmp_path, "--start=Ünïcödé\n").stdout
+    assert door(tmp_path, "--start=-", stdin="Ünïcödé\n").stdout == expected
+    assert_one_sentence(sample(tmp_path, "--start=-", stdin="\ud800"), "the prompt cannot be read")
+
+
+def test_interactive(tmp_path):
+    """Each prompt gets one sample; the same prompt again another one; the same session the same text."""
+    save(tmp_path)
+    result = sample(tmp_path, "--interactive", "--num_samples=7", stdin="So\nAnd\nSo\n")
+    assert result.returncode == 0, result.stderr
+    first, second, third, rest = result.stdout.split("\n---------------\n")
+    assert first.startswith("So") and second.startswith("And") and third.startswith("So") and first != third
+    assert rest == "" and result.stderr.count("tokens/s") == 3
+    assert sample(tmp_path, "--interactive", stdin="So\nAnd\nSo\n").stdout == result.stdout
+    assert sample(tmp_path, "--start=So").stdout == first + "\n---------------\n"
+
+
+def test_text_streams(monkeypatch):
+    """Between two tokens all of the first sample is out; the others follow when it has ended, in their order."""
+    out, written = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
+    monkeypatch.setattr(sys, "stdout", out)
+
+    def tokens():
+        for ids in [(64, 67), (65, EOT), (EOT, 67), (66, 67)]:  # "a" is 64, and so on
+            written.append(out.buffer.getvalue().decode())
+            yield list(ids)
+        written.append(out.buffer.getvalue().decode())
+
+    n_tokens = write_batch(tokens(), range(5, 7), ">", Page(5), stop=True)
+    assert n_tokens == 5
+    dashes = "\n---------------\n"
+    assert written == [">", ">a", ">ab"]  # and no more is asked for when all have ended
+    assert out.buffer.getvalue().decode() == f">ab{dashes}>d{dashes}"
+
+
+def test_who_stops_reading_stops_it_without_a_word(tmp_path):
+    save(tmp_path)
+    command = [sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path}", "--device=cpu", "--max_new_tokens=1000000"]
+    process = subprocess.Popen([*command, "--start=Once"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(20).startswith(b"Once")
+    assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read().count(b"\n") == 1  # that the context slides
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("text", ["naïve 日本語 🤦🏽‍♀️ ﷽ \U0001f9d1", "plain"])
+def test_unfinished_characters_are_held_back(text):
+    growing, ids = Text("> "), get_encoding().encode(text)
+    for token in ids:
+        growing.add(token, stop=True)
+        assert f"> {text}".startswith(growing.text)
+    assert growing.text == f"> {text}"
+    cut = Text("")
+    for token in (ids := get_encoding().encode("🤦🏽")[:-1]):
+        cut.add(token, stop=True)
+    assert "�" not in cut.text
+    cut.end()
+    assert cut.text == get_encoding().decode(ids) and "�" in cut.text
+
+
+# ---- when memory runs out
+
+
+class Small:
+    """A model that runs out of memory, as CUDA says it, with over `limit` rows in its cache at the `nth` call."""
+
+    def __init__(self, model, limit, nth):
+        self.model, self.config, self.lm_head, self.limit, self.nth = model, model.config, model.lm_head, limit, nth
+        self.calls = 0
+
+    def __call__(self, ids, cache, positions):
+        self.calls += 1
+        if len(ids) > self.limit and self.calls >= self.nth:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.54 GiB.")
+        return self.model(ids, cache=cache, positions=positions)
+
+
+def written(model, capsys, num_samples=7):
+    config = SampleConfig(max_new_tokens=20, temperature=1.0)
+    write_samples(model, None, config, "float32", "So", range(num_samples))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit, nth", [(3, 0), (1, 0), (6, 5), (3, 15)])
+def test_out_of_memory_is_the_same_text_in_smaller_batches(limit, nth, capsys):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE)).eval()
+    expected = written(model, capsys)
+    assert expected.count("---------------\n") == 7
+    assert written(Small(model, limit, nth), capsys) == expected
+
+
+def test_out_of_memory_with_one_sample_is_the_end(capsys):
+    with pytest.raises(SystemExit, match="out of memory with a single sample"):
+        written(Small(GPT(GPTConfig(**SHAPE)).eval(), 0, 0), capsys)
+
+
+# ---- bad input
+
+
 @pytest.mark.parametrize(
     "content, words",
     [(None, "no such checkpoint"), (b"PK rubbish", "damaged"), ({"model": {}}, "not a checkpoint")],
@@ -87,7 +258,14 @@ def test_bad_checkpoints_are_one_sentence(content, words, tmp_path):
         (tmp_path / "ckpt.pt").write_bytes(content)
     elif content:
         torch.save(content, tmp_path / "ckpt.pt")
-    assert_one_sentence(sample(tmp_path), words)
+    assert_one_sentence(door(tmp_path), words)
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(ValueError) as refused:
+        SampleConfig(num_samples=0, max_new_tokens=0, temperature=-1, top_k=-1, seed=-1, top_p=0, repetition_penalty=0)
+    keys = ["num_samples", "max_new_tokens", "temperature", "top_k", "seed", "top_p", "repetition_penalty"]
+    assert [line.split()[0] for line in str(refused.value).splitlines()] == keys
 
 
 def test_other_bad_input_is_one_sentence(tmp_path):

@@ -1,0 +1,171 @@
+"""
+How fast text is made with GPT-2 124M, against another checkout of nanoGPT; writes benchmarks/sample.json.
+
+    python benchmarks/sample.py --peer=../nanoGPT
+    python benchmarks/sample.py --peer=../nanoGPT --device=cuda --dtype=bfloat16 --compile
+
+One untrained checkpoint, which both load, one device and dtype, 512 new tokens after one. nanoGPT's sample.py draws its
+samples one after another, so that its speed is that of one sample; its tokens are made in four parts, with our runs
+between them, so that other work on the machine slows both. Both without reading the checkpoint and printing the text.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for both: threads that spin crawl where other work goes on
+import torch  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from backend import autocast, choose_device, compile_model, use_tf32  # noqa: E402
+from generate import Taste, chances, generate  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from pretrained import build_model, load_weights  # noqa: E402
+
+SHAPE = {"block_size": 1024, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": False}
+PROMPT, N_TOKENS, PARTS, AT_ONCE = [198], 512, 4, 8
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, required=True, help="folder of nanoGPT")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true", help="ours only: nanoGPT compiles anew for every length")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    use_tf32(device)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(1337)
+        weights = GPT(GPTConfig(**SHAPE)).state_dict()
+        torch.save({"model_args": SHAPE, "model": weights}, Path(folder) / "ckpt.pt")
+        ours = build_model(load_weights("resume", Path(folder)), folder, args.dtype).to(device)
+        peer = load_peer(args.peer, Path(folder) / "ckpt.pt", device)
+    speeds = race(ours, peer, args, device)
+    bandwidth = read_bandwidth(device)
+    report(speeds, bytes_per_step(ours), bandwidth, args)
+
+
+def load_peer(folder: Path, checkpoint: Path, device: torch.device):
+    """nanoGPT's model as its sample.py loads it."""
+    spec = importlib.util.spec_from_file_location("model_of_peer", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    loaded = torch.load(checkpoint, map_location=device, weights_only=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = module.GPT(module.GPTConfig(**loaded["model_args"], dropout=0.0))
+    model.load_state_dict(loaded["model"])
+    return model.eval().to(device)
+
+
+def race(ours: GPT, peer, args, device: torch.device) -> dict[str, list[float]]:
+    """Tokens/s of each: nanoGPT's of all its parts together, ours of every run."""
+    step = None
+    if args.compile:
+        torch._inductor.config.triton.cudagraphs = True
+        step = compile_model(ours, device)
+    found, peer_s, ids = (
+        {"ours, 1 sample": [], f"ours, {AT_ONCE} samples": []},
+        0.0,
+        torch.tensor([PROMPT], device=device),
+    )
+    for samples in (1, AT_ONCE) if step else ():
+        run_ours(ours, samples, 8, args.dtype, step)  # compiles
+    for part in range(PARTS):
+        started = time.perf_counter()
+        with torch.no_grad(), autocast(args.dtype, device):
+            ids = peer.generate(ids, N_TOKENS // PARTS, temperature=0.8, top_k=200)
+        ids[0, -1].item()  # waits for the device
+        peer_s += time.perf_counter() - started
+        for name, samples in zip(found, (1, AT_ONCE)):
+            found[name].append(samples * N_TOKENS / run_ours(ours, samples, N_TOKENS, args.dtype, step))
+        line = ", ".join(f"{name} {speeds[-1]:.1f}" for name, speeds in found.items())
+        print(f"part {part + 1} of {PARTS}: nanoGPT {ids.size(1) / peer_s:.2f} so far, {line} tokens/s", flush=True)
+    return {"nanoGPT": [N_TOKENS / peer_s], **found}
+
+
+def run_ours(model: GPT, samples: int, n_tokens: int, dtype: str, step) -> float:
+    """Seconds for that many samples at once."""
+    started = time.perf_counter()
+    chance = chances(1337, range(samples), n_tokens)
+    for _ in generate(model, PROMPT, chance, Taste(temperature=0.8, top_k=200), dtype, step):
+        pass
+    return time.perf_counter() - started
+
+
+def bytes_per_step(model: GPT) -> int:
+    """What a step must read at the least: every weight once, but next to nothing of the position embeddings."""
+    positions = model.transformer.wpe.weight
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p is not positions)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes/s at which this device reads 1 GiB to add it up, the best of ten."""
+    numbers, best = torch.ones(2**28, device=device), float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        numbers.sum().item()
+        best = min(best, time.perf_counter() - started)
+    return numbers.numel() * numbers.element_size() / best
+
+
+def report(speeds: dict[str, list[float]], step_bytes: int, bandwidth: float, args):
+    """Prints the table and writes it as JSON."""
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    rows = {}
+    for (name, speed), samples in zip(median.items(), (1, 1, AT_ONCE)):
+        rows[name] = {
+            "tokens_per_s": round(speed, 2),
+            "times_nanogpt": round(speed / median["nanoGPT"], 1),
+            "share_of_bandwidth": round(speed / samples * step_bytes / bandwidth, 3),
+            "all_tokens_per_s": [round(value, 2) for value in speeds[name]],
+        }
+    print(f"\n{'':18}{'tokens/s':>10}{'times nanoGPT':>15}{'of the bandwidth':>18}")
+    for name, row in rows.items():
+        print(f"{name:18}{row['tokens_per_s']:10.1f}{row['times_nanogpt']:15.1f}{row['share_of_bandwidth']:18.0%}")
+    print(
+        f"a step reads {step_bytes / 1e9:.2f} GB of weights; the bandwidth, adding up 1 GiB: {bandwidth / 1e9:.1f} GB/s"
+    )
+    results = {
+        "command": f"python benchmarks/sample.py --peer=NANOGPT --device={args.device} --dtype={args.dtype}"
+        + " --compile" * args.compile,
+        "date": datetime.date.today().isoformat(),
+        "machine": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit(),
+        "new_tokens": N_TOKENS,
+        "bandwidth_gb_s": round(bandwidth / 1e9, 1),
+        "rows": rows,
+    }
+    (ROOT / "benchmarks" / "sample.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def commit() -> str:
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() or "not committed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""generate.py against the same without a cache, and against transformers' way of choosing tokens."""
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
+
+from backend import autocast
+from generate import Taste, chances, decode, draw, generate, penalize, prefill
+from model import GPT, GPTConfig, KVCache
+
+GREEDY = Taste(temperature=0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More only wait for one another in models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model(block_size, vocab_size=300):
+    """An untrained model, its weights enlarged so that it has opinions, and its positions so that it has many."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=64)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)
+        model.transformer.wpe.weight.mul_(4)
+    return model
+
+
+def generated(model, prompt, chance, taste=GREEDY, **how):
+    """Of each row of chance the new ids."""
+    return [list(row) for row in zip(*generate(model, prompt, chance, taste, "float32", **how))]
+
+
+@torch.no_grad()
+def greedy_without_cache(model, ids, n_tokens):
+    """The same by the plain forward pass, and the margin by which the least certain token won."""
+    ids, begin, margin = list(ids), max(0, len(ids) - model.config.block_size), float("inf")
+    for _ in range(n_tokens):
+        if len(ids) - begin > model.config.block_size:
+            begin = len(ids) - max(1, model.config.block_size // 2)
+        (best, second), (first, _) = (row.tolist() for row in model(torch.tensor([ids[begin:]]))[0][0, -1].topk(2))
+        margin = min(margin, best - second)
+        ids.append(first)
+    return ids[-n_tokens:], margin
+
+
+class Watched:
+    """A model that notes the shapes it is called with: rows and tokens, and the rows and slots of the cache."""
+
+    def __init__(self, model):
+        self.model, self.config, self.lm_head, self.calls = model, model.config, model.lm_head, []
+
+    def __call__(self, ids, cache, positions):
+        keys, _ = cache.layers[0]
+        self.calls.append((*ids.shape, keys.size(0), keys.size(2)))
+        return self.model(ids, cache=cache, positions=positions)
+
+
+# ---- the cache
+
+
+def test_greedy_with_the_cache_is_greedy_without_it_over_1000_tokens():
+    model = make_model(block_size=1024)
+    expected, margin = greedy_without_cache(model, [1, 2, 3], 1000)
+    # float32 sums of a few hundred numbers of size 10 differ by their order in the fifth digit; and it is no loop
+    assert margin > 1e-4 and len(set(expected)) > 100
+    assert generated(model, [1, 2, 3], chances(0, range(1), 1000)) == [expected]
+
+
+@pytest.mark.parametrize("block_size, prompt_tokens", [(16, 5), (16, 16), (15, 40), (1, 1), (2, 3)])
+def test_past_block_size_it_goes_on_from_the_last_half(block_size, prompt_tokens):
+    model = make_model(block_size)
+    prompt = list(range(prompt_tokens))
+    expected, _ = greedy_without_cache(model, prompt, 60)
+    assert generated(model, prompt, chances(0, range(2), 60)) == [expected, expected]
+
+
+def test_samples_are_one_batch_after_one_prefill():
+    model = Watched(make_model(block_size=32))
+    generated(model, [1, 2, 3], chances(0, range(4), 10), Taste())
+    assert model.calls == [(1, 3, 1, 3)] + [(4, 1, 4, slots) for slots in range(4, 13)]
+    model.calls.clear()
+    generated(model, [1, 2, 3], chances(0, range(4), 50), Taste())
+    assert [call for call in model.calls if call[1] > 1] == [(1, 3, 1, 3), (4, 16, 4, 16), (4, 16, 4, 16)]
+
+
+def test_a_sample_is_the_same_alone_and_among_others():
+    model = make_model(block_size=32)
+    together = generated(model, [1, 2, 3], chances(7, range(5), 80), Taste())
+    assert [generated(model, [1, 2, 3], chances(7, range(i, i + 1), 80), Taste())[0] for i in range(5)] == together
+    assert len({tuple(row) for row in together}) == 5
+
+
+def test_the_compiled_step_sees_one_shape_only():
+    model = make_model(block_size=32)
+    step = Watched(model)
+    expected = generated(model, [1, 2, 3], chances(0, range(2), 80), Taste())
+    assert generated(model, [1, 2, 3], chances(0, range(2), 80), Taste(), step=step) == expected
+    assert set(step.calls) == {(2, 1, 2, 32)}
+
+
+def test_in_bfloat16_as_without_the_cache():
+    model = make_model(block_size=32)
+    cache = KVCache.empty(model.config, 2, 32, torch.bfloat16, torch.device("cpu"))
+    ids = torch.randint(300, (2, 9))
+    with torch.no_grad():
+        prefill(model, ids[:, :8], cache, "bfloat16")
+        logits = decode(model, ids[:, 8:], 8, cache, "bfloat16")
+        with autocast("bfloat16", ids.device):
+            expected = model(ids)[0][:, -1]
+    # bfloat16 has 8 bits; the largest logits are of size 20, and their errors stay under a tenth of the typical one
+    assert (logits - expected).float().std() < 0.1 * expected.float().std()
+
+
+# ---- the choice
+
+
+@pytest.mark.parametrize(
+    "taste",
+    [
+        Taste(),
+        Taste(temperature=0.7),
+        Taste(temperature=1e-30, top_k=2),
+        Taste(top_k=1),
+        Taste(top_k=7),
+        Taste(top_k=1000),
+        Taste(top_p=0.8),
+        Taste(top_p=1e-9),
+        Taste(temperature=1.5, top_k=20, top_p=0.6),
+    ],
+    ids=str,
+)
+def test_tokens_come_as_often_as_transformers_would_draw_them(taste):
+    """Chances that are spread evenly must give each token its share, to within one."""
+    torch.manual_seed(0)
+    logits, n = 3 * torch.randn(1, 50), 20_000
+    wanted = LogitsProcessorList([logits_process.TemperatureLogitsWarper(taste.temperature)])
+    if taste.top_k:
+        wanted.append(logits_process.TopKLogitsWarper(taste.top_k))
+    if taste.top_p < 1:
+        wanted.append(logits_process.TopPLogitsWarper(taste.top_p))
+    probs = wanted(None, logits.double()).softmax(dim=-1)[0]
+    even = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    counts = draw(logits.expand(n, -1), even, taste).bincount(minlength=50)
+    assert ((counts - n * probs).abs() <= 1 + 1e-6 * n).all()  # 1e-6: our softmax starts from float32
+    assert not counts[probs == 0].any()
+
+
+def test_the_ends_of_chance_are_tokens_too():
+    logits = torch.tensor([[-torch.inf, 0.0, 5.0, 1.0]]).expand(2, -1)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits, ends, Taste()).tolist() == [1, 3]
+    assert draw(logits, ends, Taste(top_k=2)).tolist() == [2, 3]
+    assert draw(logits, ends, Taste(top_p=0.9)).tolist() == [2, 2]
+
+
+def test_padding_is_never_drawn():
+    logits = torch.zeros(100, 50304)
+    logits[:, 50257:] = 50.0
+    for taste in (GREEDY, Taste(), Taste(top_k=3), Taste(top_p=0.5)):
+        assert draw(logits, chances(0, range(100), 1)[:, 0], taste).max() < 50257
+
+
+def test_the_repetition_penalty_is_transformers():
+    torch.manual_seed(0)
+    logits, ids = torch.randn(3, 40), torch.randint(40, (3, 25))
+    expected = logits_process.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
+    assert torch.equal(penalize(logits, ids, 1.3), expected)
+    assert torch.equal(penalize(logits, ids, 1.0), logits)
+
+
+def test_chances_are_uniform_and_each_samples_own():
+    chance = chances(3, range(10), 10_000)
+    assert chance.dtype == torch.float64 and chance.min() >= 0 and chance.max() < 1
+    # five standard errors of the mean of 100,000, and of its square
+    assert abs(chance.mean() - 1 / 2) < 5 * (1 / 12 / 100_000) ** 0.5
+    assert abs((chance**2).mean() - 1 / 3) < 5 * (4 / 45 / 100_000) ** 0.5
+    assert torch.equal(chances(3, range(4, 6), 100), chance[4:6, :100])
+    others = torch.cat([chance[:, 0], chances(4, range(10), 1)[:, 0], chances(2, range(10), 1)[:, 0]])
+    assert len(others.unique()) == 30  # seeds that are neighbours share nothing
