@@ -18,6 +18,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin crawl where other work goes on
+
 from backend import choose_device, choose_dtype, measure_tflops, peak_memory_gb
 from checkpoint import LATEST, check_space, has_checkpoint, load_latest, save_best, save_latest
 from configurator import configure

@@ -15,8 +15,10 @@ n_head = 4
 n_embd = 64
 
 learning_rate = 4e-3  # small models bear large steps
-max_iters = 1600
+max_iters = 1200
 warmup_iters = 40
-lr_decay_iters = 1600
+lr_decay_iters = 1200
 min_lr = 4e-4
 beta2 = 0.99
+
+compile = False  # it would gain nothing at this size, and take a minute
