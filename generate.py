@@ -106,8 +106,8 @@ def draw(logits, chance, taste: Taste):
     if 0 < taste.top_k < logits.size(1):
         ids = logits.topk(taste.top_k).indices.sort().values
         logits = logits.gather(1, ids)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / taste.temperature
-    probs = logits.to(chance.dtype).softmax(dim=-1)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).to(chance.dtype)
+    probs = (logits / taste.temperature).softmax(dim=-1)
     if taste.top_p < 1:
         largest = probs.sort(descending=True).values
         enough = largest.cumsum(dim=-1) - largest >= taste.top_p  # without this one

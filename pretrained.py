@@ -53,6 +53,12 @@ def build_model(checkpoint: dict, name: str, dtype: str = "float32") -> GPT:
     return model.eval()
 
 
+def crop_positions(weights: dict, block_size: int) -> dict:
+    """The weights of a model that sees block_size tokens only: its first positions."""
+    wpe = "transformer.wpe.weight"
+    return {**weights, wpe: weights[wpe][:block_size]}
+
+
 def load_gpt2(name: str) -> tuple[dict, dict]:
     """
     model_args and float32 weights of a GPT-2 from a folder with config.json and model.safetensors, or from the

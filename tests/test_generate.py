@@ -126,7 +126,7 @@ def test_in_bfloat16_as_without_the_cache():
     [
         Taste(),
         Taste(temperature=0.7),
-        Taste(temperature=1e-30, top_k=2),
+        Taste(temperature=1e-3, top_k=2),
         Taste(top_k=1),
         Taste(top_k=7),
         Taste(top_k=1000),
@@ -157,6 +157,7 @@ def test_the_ends_of_chance_are_tokens_too():
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits, ends, Taste()).tolist() == [1, 3]
     assert draw(logits, ends, Taste(top_k=2)).tolist() == [2, 3]
+    assert draw(logits, ends, Taste(temperature=1e-320)).tolist() == [2, 2]
     assert draw(logits, ends, Taste(top_p=0.9)).tolist() == [2, 2]
 
 
