@@ -9,6 +9,8 @@ from pathlib import Path
 from files import replacing
 from words import first_line
 
+MAX_POINTS = 1000  # of a curve: more cannot be seen, and drawing more each time would take more memory each time
+
 
 class Metrics:
     """
@@ -69,6 +71,7 @@ def draw_losses(records: list[dict], path: Path):
     from matplotlib.figure import Figure  # here, because it takes a second to import
 
     steps = [record for record in records if "train_loss" in record]
+    steps = steps[:: 1 + len(steps) // MAX_POINTS]
     evals = [record for record in records if "val_loss" in record]
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])

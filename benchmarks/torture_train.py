@@ -83,17 +83,17 @@ def wait_for(process: subprocess.Popen, beginnings: tuple[str, ...]):
 
 
 def undisturbed(folder: Path, iters: int) -> float:
-    """Runs it once, and prints the memory and the open files after a tenth of it and at its end. Returns seconds."""
+    """Runs it once, and prints the memory and the open files after a third of it and at its end. Returns seconds."""
     process, began, seen = start(folder, folder / "undisturbed", iters), time.monotonic(), []
     for line in process.stdout:
         if line.startswith("step"):
             resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
             seen.append((resident, len(list(Path(f"/proc/{process.pid}/fd").iterdir()))))
     assert process.wait() == 0
-    seconds, settled = time.monotonic() - began, seen[len(seen) // 10]
+    seconds, settled = time.monotonic() - began, seen[len(seen) // 3]
     print(f"undisturbed: {iters} iterations, {len(seen)} evaluations and checkpoints, {seconds:.0f} s")
-    print(f"memory: {settled[0]:.0f} MB after a tenth, {seen[-1][0]:.0f} MB at the end")
-    print(f"open files: {settled[1]} after a tenth, {seen[-1][1]} at the end")
+    print(f"memory: {settled[0]:.0f} MB after a third, {seen[-1][0]:.0f} MB at the end")
+    print(f"open files: {settled[1]} after a third, {seen[-1][1]} at the end")
     return seconds
 
 
