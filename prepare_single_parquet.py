@@ -33,7 +33,7 @@ from tokenizer import EOT, VOCAB_SIZE, encode_documents, read_ranks
 DEFAULT_FOLDER = Path("data/fineweb/train")
 CONFIG_FILE = Path(__file__).parent / "config" / "train_fineweb_4070.py"
 CHECKPOINT_S = 2  # seconds of work that a power cut may cost
-IN_FLIGHT = 2 << 20  # bytes of text handed to each worker and not yet written: ten batches of web text
+IN_FLIGHT = 4 << 20  # bytes of text handed to each worker and not yet written: about five batches
 BYTES_PER_TOKEN = 4  # English has 4.3 and more, so this errs on the safe side
 COUNTERS = {"empty_documents": 0, "text_bytes": 0, "token_counts_compared": 0, "token_counts_differing": 0}
 

@@ -16,7 +16,7 @@ RANKS_FILE = Path(__file__).parent / "data" / "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # as tiktoken demands of r50k_base
 # tiktoken's pattern for GPT-2, but with the first four alternatives in one group and without possessive quantifiers.
 # Both change no match, as nothing follows those alternatives, and tiktoken's regex engine then runs one automaton for
-# the four: 1.4 times as fast on English (benchmarks/prepare.json).
+# the four: 1.3 times as fast on English (benchmarks/prepare.json).
 PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
 EOT = 50256  # <|endoftext|>, the last id
 EOT_TEXT = "<|endoftext|>"
@@ -32,8 +32,8 @@ of_this_thread = threading.local()
 def get_encoding() -> tiktoken.Encoding:
     """
     The same encoding as tiktoken.get_encoding("gpt2"), one for each thread: threads that share one wait for the lock
-    on its regex engine's memory, and two are then no faster than one (benchmarks/prepare.json). Raises SystemExit if
-    the rank file is missing or damaged.
+    on its regex engine's memory, and two busy cores are then no faster than one. Raises SystemExit if the rank file is
+    missing or damaged.
     """
     if not hasattr(of_this_thread, "encoding"):
         of_this_thread.encoding = tiktoken.Encoding(

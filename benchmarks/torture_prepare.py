@@ -1,7 +1,7 @@
 """
 Kills prepare_single_parquet.py with kill -9 at random moments, and starts the same command again.
 
-    python benchmarks/torture_prepare.py FILE.parquet --kills=20 --seed=1
+    python benchmarks/torture_prepare.py FILE.parquet ... --kills=20 --seed=1
 
 After each kill: no train.bin but the finished one, and no row lost that was safe before. Whenever a run gets to its
 end: bins and meta.json are bit for bit those of an undisturbed run. Ends with a traceback where that does not hold.
@@ -22,23 +22,23 @@ SCRIPT = Path(__file__).parent.parent / "prepare_single_parquet.py"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        torture(args.file, Path(folder), args.kills, random.Random(args.seed))
+        torture(args.files, Path(folder), args.kills, random.Random(args.seed))
 
 
-def torture(file: Path, folder: Path, kills: int, rng: random.Random):
+def torture(files: list[Path], folder: Path, kills: int, rng: random.Random):
     started = time.monotonic()
-    prepare(file, folder / "undisturbed")
+    prepare(files, folder / "undisturbed")
     whole_s, expected = time.monotonic() - started, contents(folder / "undisturbed")
     print(f"undisturbed: {whole_s:.1f} s")
     out_dir, killed, finished, rows = folder / "killed", 0, 0, 0
     while killed < kills or rows:
         moment = rng.uniform(0, whole_s) if killed < kills else None  # after the last kill to the end
-        output, was_killed = prepare(file, out_dir, moment)
+        output, was_killed = prepare(files, out_dir, moment)
         assert not rows or f"continuing at row {rows:,}\n" in output or not output or "complete" in output, output
         if was_killed:
             killed += 1
@@ -55,9 +55,9 @@ def torture(file: Path, folder: Path, kills: int, rng: random.Random):
     print(f"{killed} kills, {finished} times to the end, each time bit for bit as undisturbed")
 
 
-def prepare(file: Path, out_dir: Path, kill_after_s: float | None = None) -> tuple[str, bool]:
+def prepare(files: list[Path], out_dir: Path, kill_after_s: float | None = None) -> tuple[str, bool]:
     """What it printed, and whether it was killed before its end."""
-    command = [sys.executable, SCRIPT, file, f"--out_dir={out_dir}"]
+    command = [sys.executable, SCRIPT, *files, f"--out_dir={out_dir}"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     try:
         output, _ = process.communicate(timeout=kill_after_s)

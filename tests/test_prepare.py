@@ -149,16 +149,16 @@ def test_max_documents_and_max_tokens(source, tmp_path):
 
 
 def test_wrong_token_counts_are_reported_with_row_group_and_row(tmp_path):
-    counts = [len(GPT2.encode_ordinary(text)) if text else 0 for text in TEXTS[:250]]
-    right = counts[190]
-    counts[190], counts[7] = right + 1, None
-    source = write_parquet(tmp_path / "a.parquet", TEXTS[:250], token_count=counts)
+    counts = [len(GPT2.encode_ordinary(text)) if text else 0 for text in TEXTS[:900]]
+    right = counts[750]
+    counts[750], counts[7] = right + 1, None
+    source = write_parquet(tmp_path / "a.parquet", TEXTS[:900], row_group_size=400, token_count=counts)
     result = run(PREPARE, source, f"--out_dir={tmp_path / 'out'}")
-    assert f"row group 1, row 90: {right} tokens, but token_count is {right + 1}" in result.stdout
-    assert summary(result)["token_count_column"] == "1 of 249 documents differ"
+    assert f"row group 1, row 350: {right} tokens, but token_count is {right + 1}" in result.stdout
+    assert summary(result)["token_count_column"] == "1 of 899 documents differ"
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert (meta["token_counts_compared"], meta["token_counts_differing"]) == (249, 1)
-    assert read_bins(tmp_path / "out") == reference_bins(TEXTS[:250])
+    assert (meta["token_counts_compared"], meta["token_counts_differing"]) == (899, 1)
+    assert read_bins(tmp_path / "out") == reference_bins(TEXTS[:900])
 
 
 def test_small_files(tmp_path):

@@ -33,7 +33,9 @@ def impatient(tmp_path_factory):
 def long_source(tmp_path_factory):
     """About 3 million tokens, and the bins that they are."""
     many = [f"{i} {text}" if text else text for i in range(15) for text in TEXTS]
-    return write_parquet(tmp_path_factory.mktemp("long") / "long.parquet", many), reference_bins(many)
+    return write_parquet(tmp_path_factory.mktemp("long") / "long.parquet", many, row_group_size=5000), reference_bins(
+        many
+    )
 
 
 def start(script, *arguments):
