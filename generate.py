@@ -45,8 +45,9 @@ def generate(model: GPT, prompt: list[int], chance, taste: Taste, dtype: str, st
     start, stop = len(prompt), len(prompt) + n_new
     ids = torch.tensor(prompt, device=device).expand(rows, -1)
     ids = torch.cat([ids, ids.new_zeros(rows, n_new)], dim=1)
-    cache = KVCache.empty(model.config, rows, block_size if step else min(stop, block_size), DTYPES[dtype], device)
-    for tensor in itertools.chain(*cache.layers) if step else ():
+    slots = min(stop, block_size) if step is None else block_size
+    cache = KVCache.empty(model.config, rows, slots, DTYPES[dtype], device)
+    for tensor in itertools.chain(*cache.layers) if step is not None else ():
         torch._dynamo.mark_static_address(tensor)  # or CUDA graphs would copy the cache for every token
     begin = max(0, start - block_size)  # where the context begins
     for end in range(start, stop):
@@ -55,10 +56,10 @@ def generate(model: GPT, prompt: list[int], chance, taste: Taste, dtype: str, st
         elif end - begin > block_size:
             begin = end - max(1, block_size // 2)
             logits = prefill(model, ids[:, begin:end], cache, dtype)
-        elif step:
-            logits = decode(step, ids[:, end - 1 : end], end - 1 - begin, cache, dtype)
-        else:
+        elif step is None:
             logits = decode(model, ids[:, end - 1 : end], end - 1 - begin, cache.part(rows, end - begin), dtype)
+        else:
+            logits = decode(step, ids[:, end - 1 : end], end - 1 - begin, cache, dtype)
         logits = penalize(logits, ids[:, :end], taste.repetition_penalty)
         ids[:, end] = draw(logits, chance[:, end - start], taste)
         yield ids[:, end].tolist()

@@ -75,10 +75,10 @@ def main(arguments: list[str]):
         torch._inductor.config.triton.cudagraphs = True  # on a GPU: one launch for a token instead of hundreds
         step = compile_model(model, device)
     try:
-        if not config.interactive:
-            write_samples(model, step, config, dtype, read_prompt(config.start), range(config.num_samples))
-        for number, prompt in enumerate(ask() if config.interactive else ()):
-            write_samples(model, step, config, dtype, prompt, range(number, number + 1))
+        prompts = ask() if config.interactive else [read_prompt(config.start)]
+        for number, prompt in enumerate(prompts):
+            samples = range(number, number + 1) if config.interactive else range(config.num_samples)
+            write_samples(model, step, config, dtype, prompt, samples)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # who reads the text has enough, as `head` does

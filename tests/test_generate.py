@@ -103,6 +103,8 @@ def test_the_compiled_step_sees_one_shape_only():
     expected = generated(model, [1, 2, 3], chances(0, range(2), 80), Taste())
     assert generated(model, [1, 2, 3], chances(0, range(2), 80), Taste(), step=step) == expected
     assert set(step.calls) == {(2, 1, 2, 32)}
+    compiled = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)  # traced, and not made machine code
+    assert generated(model, [1, 2, 3], chances(0, range(2), 80), Taste(), step=compiled) == expected
 
 
 def test_in_bfloat16_as_without_the_cache():
