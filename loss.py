@@ -25,6 +25,13 @@ def linear_cross_entropy(x, weight, targets, softcap: float = 0.0):
     return _LinearCrossEntropy.apply(x, weight, targets, softcap, torch.is_grad_enabled())
 
 
+def soft_cap(logits, softcap: float):
+    """The logits bent into (-softcap, softcap), in float32 at least; as they are without a softcap."""
+    if not softcap:
+        return logits
+    return softcap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / softcap)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, with_grad):
@@ -36,9 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in range(0, len(x), CHUNK_ROWS):
             chunk, keep = x[rows : rows + CHUNK_ROWS], kept[rows : rows + CHUNK_ROWS, None]
             target = targets[rows : rows + CHUNK_ROWS, None].clamp(min=0)
-            logits = chunk @ w.T  # (CHUNK_ROWS, V)
-            if softcap:
-                logits = softcap * torch.tanh(logits.to(total.dtype) / softcap)
+            logits = soft_cap(chunk @ w.T, softcap)  # (CHUNK_ROWS, V)
             largest, of_target = logits.amax(-1, keepdim=True), logits.gather(1, target)
             p = torch.softmax(logits, -1, dtype=total.dtype)
             # log sum exp = largest logit - log of its probability: no second pass of exponentials
@@ -46,8 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += (loss * keep).sum()
             if with_grad:
                 p.scatter_add_(1, target, torch.full_like(loss, -1.0))  # p - 1 at the target: the logits' gradient
-                if softcap:
-                    p *= 1 - (logits / softcap) ** 2
+                if softcap:  # times the derivative of the bend, 1 - tanh ** 2, in the logits' own memory
+                    p.addcmul_(p, logits.div_(softcap).square_(), value=-1)
                 p = p.to(x.dtype)
                 grad_x.append((p @ w) * keep)
                 grad_weight += p.T @ (chunk * keep)

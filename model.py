@@ -1,6 +1,9 @@
 """
-GPT-2 in one file: the shape, names and initialisation of nanoGPT's model.py, which follow OpenAI's GPT-2
-(https://github.com/openai/gpt-2/blob/master/src/model.py), so that checkpoints go both ways.
+A GPT in one file, in two architectures. "gpt2" has the shape, names and initialisation of nanoGPT's model.py, which
+follow OpenAI's GPT-2 (https://github.com/openai/gpt-2/blob/master/src/model.py), so that checkpoints go both ways.
+"nanochat" is what was learnt since, and computes what transformers' NanoChatForCausalLM does: rotary positions
+(arXiv:2104.09864), normalised queries and keys (arXiv:2010.04245), ReLU squared (arXiv:2109.08668), RMSNorm without
+gains (arXiv:1910.07467), a norm after the embedding, a head of its own, a softcap on the logits (arXiv:2408.00118).
 """
 
 import math
@@ -10,7 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loss import linear_cross_entropy
+from loss import linear_cross_entropy, soft_cap
+
+ARCHITECTURES = ("gpt2", "nanochat")
+SOFTCAP = 15.0  # nanochat's logits stay between -15 and 15
+ROTARY_BASE = 10000.0
 
 
 @dataclass
@@ -24,6 +31,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm, as in GPT-2; False is a little better and faster
+    architecture: str = "gpt2"  # or "nanochat"
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -41,6 +49,10 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture is {' or '.join(map(repr, ARCHITECTURES))}, not '{self.architecture}'")
+        if self.architecture == "nanochat" and (self.bias or self.n_embd // self.n_head % 2):
+            raise ValueError("the nanochat architecture needs bias=False and an even width of each head")
 
 
 class LayerNorm(nn.Module):
@@ -53,6 +65,25 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.architecture == "gpt2":
+        return LayerNorm(config.n_embd, bias=config.bias)
+    return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+
+
+def rotary_angles(positions, head_size: int):
+    """Cosines and sines, float32 (T, 1, head_size / 2), of what a token at each position of (T,) is rotated by."""
+    frequencies = ROTARY_BASE ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)
+    angles = positions[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, angles):
+    """x, (B, T, n_head, head_size), each pair of channels i and i + head_size / 2 rotated clockwise by its angle."""
+    (cos, sin), (a, b) = angles, x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
 
 
 class KVCache:
@@ -85,15 +116,21 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.qk_norm = None
+        if config.architecture == "nanochat":
+            self.qk_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6, elementwise_affine=False)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, past=None):
+    def forward(self, x, angles=None, past=None):
         B, T, C = x.size()
-        q, k, v = (  # each (B, n_head, T, head_size)
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2)
-        )
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q), self.qk_norm(k)
+        if angles is not None:  # after the norm, which it leaves as it is: one tensor less to keep for the gradient
+            q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # each (B, n_head, T, head_size)
         if past is None:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, n_head, T, head_size)
@@ -111,22 +148,27 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = F.gelu if config.architecture == "gpt2" else relu_squared
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+def relu_squared(x):
+    return F.relu(x).square()
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, past=None):
-        x = x + self.attn(self.ln_1(x), past)
+    def forward(self, x, angles=None, past=None):
+        x = x + self.attn(self.ln_1(x), angles, past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -134,40 +176,51 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        is_gpt2 = config.architecture == "gpt2"
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
+                **(
+                    dict(wpe=nn.Embedding(config.block_size, config.n_embd))
+                    if is_gpt2
+                    else dict(ln_0=make_norm(config))
+                ),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=LayerNorm(config.n_embd, bias=config.bias),
+                ln_f=make_norm(config),
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
-        self.apply(self._init_weights)
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # what is added to the residual stream: smaller with depth
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+        if is_gpt2:
+            self.transformer.wte.weight = self.lm_head.weight  # tied
+        self.softcap = 0.0 if is_gpt2 else SOFTCAP
+        self.init_weights()
 
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def init_weights(self):
+        """GPT-2's, smaller with depth where a block adds to the residual stream; for nanochat modded-nanogpt's, whose
+        blocks add nothing at first, and whose head has no preference (https://github.com/KellerJordan/modded-nanogpt).
+        """
+        for name, parameter in self.named_parameters():
+            is_output = name.endswith("c_proj.weight")
+            if parameter.dim() < 2:
+                nn.init.constant_(parameter, name.endswith("weight"))  # gains are one, and biases zero
+            elif self.config.architecture == "gpt2":
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if is_output else 0.02)
+            elif is_output or name == "lm_head.weight":
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=1.0 if "wte" in name else (3 * parameter.size(1)) ** -0.5)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Parameters; by default without the position embeddings, as nanoGPT counts (the token
-        embeddings count, because they are also the head)."""
-        count = sum(parameter.numel() for parameter in self.parameters())
-        return count - self.transformer.wpe.weight.numel() if non_embedding else count
+        """Parameters; by default without the position embeddings, as nanoGPT counts."""
+        return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name or not non_embedding)
 
     def flops_per_token(self) -> int:
         """Of a training step, forward and backward, as PaLM counts them (arXiv:2204.02311, appendix B): 6 for each
         parameter in a matrix product, 12 for each pair of channel and position in attention."""
         attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
-        return 6 * self.get_num_params() + attention
+        blocks = sum(parameter.numel() for parameter in self.transformer.h.parameters())
+        return 6 * (blocks + self.lm_head.weight.numel()) + attention
 
     def forward(self, idx, targets=None, cache=None, positions=None):
         """
@@ -178,8 +231,8 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, cache, positions)
         if targets is None:
-            return self.lm_head(x[:, [-1], :]), None
-        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return soft_cap(self.lm_head(x[:, [-1], :]), self.softcap), None
+        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.softcap)
 
     def hidden(self, idx, cache=None, positions=None):
         """What the head reads: (B, T, n_embd) for idx, int64 (B, T). cache and positions: as in forward()."""
@@ -188,15 +241,13 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
         if positions is None:
             positions = torch.arange(T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, n_embd)
+        x, angles = self.transformer.wte(idx), None  # (B, T, n_embd)
+        if self.config.architecture == "gpt2":
+            x = x + self.transformer.wpe(positions)
+        else:
+            x, angles = self.transformer.ln_0(x), rotary_angles(positions, self.config.n_embd // self.config.n_head)
+        x = self.transformer.drop(x)
         pasts = [None] * self.config.n_layer if cache is None else cache.at(positions)
         for block, past in zip(self.transformer.h, pasts):
-            x = block(x, past)
+            x = block(x, angles, past)
         return self.transformer.ln_f(x)
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW that decays the matrices and not the vectors, in one fused kernel where PyTorch has it."""
-        decay = [p for p in self.parameters() if p.dim() >= 2]
-        no_decay = [p for p in self.parameters() if p.dim() < 2]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))

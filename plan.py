@@ -34,7 +34,7 @@ def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: f
     if train_bin.exists():
         train_tokens = train_bin.stat().st_size // 2
         epochs = f"{total / max(train_tokens, 1):.2f} epochs of {train_tokens:,}"
-    memory = predict_memory(model, config.batch_size, dtype)
+    memory = predict_memory(model, config.batch_size, dtype, config.optimizer)
     parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in memory.items())
     print(f"parameters: {model.get_num_params() / 1e6:.2f}M, {model.flops_per_token() / 1e6:,.0f} MFLOP per token")
     print(f"tokens: {config.tokens_per_iter:,} per iteration, {config.max_iters:,} iterations, {total:,}; {epochs}")
@@ -46,26 +46,31 @@ def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: f
     print(f"time: {duration(model.flops_per_token() * total / speed / 1e12)} at {source}; evaluations come on top")
 
 
-def predict_memory(model: GPT, batch_size: int, dtype: str) -> dict[str, float]:
+def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer: str = "adamw") -> dict[str, float]:
     """
     Bytes by part at the peak of a training step: in the head of a later micro-batch, when the gradients of the earlier
-    ones are there. Within 4 % of what benchmarks/memory.py finds in eager mode; torch.compile saves the same tensors.
+    ones are there. For gpt2 within 4 % of what benchmarks/memory.py finds in eager mode; torch.compile saves the same
+    tensors. For nanochat it counts what torch.compile saves.
     """
     shape, wide = model.config, 4
     narrow = DTYPES[dtype].itemsize
     parameters = sum(parameter.numel() for parameter in model.parameters())
     matrices = sum(parameter.numel() for parameter in model.transformer.h.parameters() if parameter.dim() > 1)
     # Of each token in each block: the residual stream twice in float32; then two norms, query, key and value,
-    # attention's output as saved and as merged, and the MLP's four-fold width before and after GELU.
+    # attention's output as saved and as merged, and the MLP's four-fold width before and after the activation;
+    # nanochat's query and key a second time, normalised and rotated.
     saved = 2 * wide + (2 + 3 + 2 + 2 * 4) * narrow + (2 if shape.dropout else 0)
+    saved += 2 * narrow if shape.architecture == "nanochat" else 0
     tokens = batch_size * shape.block_size
     head_weight, chunk = shape.vocab_size * shape.n_embd, min(CHUNK_ROWS, tokens) * shape.vocab_size
     return {
         "weights": wide * parameters,
         "gradients": wide * parameters,
-        "optimizer": 2 * wide * parameters,
+        "optimizer": wide * (2 * parameters - (matrices if optimizer == "muon" else 0)),  # Muon has one moment
         "activations": tokens * shape.n_layer * saved * shape.n_embd + (narrow * matrices if narrow < wide else 0),
-        "head": chunk * (wide + 2 * narrow) + head_weight * (wide + narrow) + 2 * tokens * shape.n_embd * narrow,
+        "head": chunk * (wide + narrow + (wide if model.softcap else narrow))
+        + head_weight * (wide + narrow)
+        + 2 * tokens * shape.n_embd * narrow,
     }
 
 
@@ -82,7 +87,7 @@ def judge_fit(config: TrainConfig, model: GPT, device: torch.device, dtype: str)
         return "not known for this machine"
     windows = config.batch_size * config.gradient_accumulation_steps
     sizes = [size for size in range(1, config.batch_size + 1) if windows % size == 0]
-    fitting = [size for size in sizes if sum(predict_memory(model, size, dtype).values()) <= free]
+    fitting = [size for size in sizes if sum(predict_memory(model, size, dtype, config.optimizer).values()) <= free]
     if config.batch_size in fitting:
         return f"yes, in {free / GB:.1f} GB free on {name}"
     if not fitting:

@@ -10,7 +10,6 @@ Trains a GPT on data/<dataset>/{train,val}.bin.
 Writes out_dir/ckpt.pt, best.pt, metrics.jsonl and loss.png. Ctrl-C and SIGTERM save and stop.
 """
 
-import math
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from checkpoint import LATEST, check_space, has_checkpoint, load_latest, save_be
 from configurator import configure
 from files import make_folder
 from metrics import Metrics, start_wandb
+from optimizer import learning_rates, schedule
 from pace import Pace
 from plan import print_plan
 from ranks import start_ranks
@@ -67,8 +67,9 @@ def main(arguments: list[str]):
 
 def resume(trainer: Trainer, checkpoint: dict):
     """Takes up the checkpoint, and says what is not as it was. Raises SystemExit where that cannot be gone on with."""
-    config, was = trainer.config, checkpoint["model_args"]
-    shape = [f"{key}={was.get(key)}" for key, value in trainer.model_args.items() if was.get(key) != value]
+    config = trainer.config
+    was, now = ({"architecture": "gpt2", **args} for args in (checkpoint["model_args"], trainer.model_args))
+    shape = [f"{key}={was.get(key)}" for key, value in now.items() if was.get(key) != value]
     shape = [text for text in shape if not text.startswith("dropout=")]
     if shape:
         raise SystemExit(f"{config.out_dir}: this run has {', '.join(shape)}; resume it with the same")
@@ -117,7 +118,7 @@ def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, 
     """Iterates until max_iters or something else ends it; saves and evaluates on the way. Returns why it ended."""
     config, rollbacks, went_back_to = trainer.config, 0, 0
     while True:
-        lr, done = get_lr(config, trainer.iter_num), trainer.iter_num >= config.max_iters
+        lr_share, done = schedule(config, trainer.iter_num), trainer.iter_num >= config.max_iters
         due = (done or trainer.iter_num % config.eval_interval == 0) and trainer.evaluated_iter != trainer.iter_num
         asked = trainer.ranks.any(stop.asked, trainer.device)
         if trainer.skipped_in_row >= BAD_IN_A_ROW or ((due or asked) and not trainer.is_sound()):
@@ -129,7 +130,8 @@ def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, 
             if trainer.iter_num and config.always_save_checkpoint:  # first: an evaluation cannot cost the run
                 save(trainer, metrics, out_dir)
                 rollbacks = 0 if trainer.iter_num > went_back_to else rollbacks
-            if evaluate(trainer, metrics, lr, pace, out_dir) and trainer.iter_num and not config.always_save_checkpoint:
+            improved = evaluate(trainer, metrics, lr_share, pace, out_dir)
+            if improved and trainer.iter_num and not config.always_save_checkpoint:
                 save(trainer, metrics, out_dir)
         stale = 0 < config.early_stop_patience <= trainer.stale_evals
         if done or stale or asked:
@@ -138,15 +140,15 @@ def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, 
                 return f"stopped; go on with the same command and --init_from=resume (iter {trainer.iter_num:,})"
             return f"stopped: no better val loss in {trainer.stale_evals} evaluations" if stale else "done"
         started = time.monotonic()
-        loss = trainer.step(lr)
+        loss = trainer.step(lr_share)
         pace.add_step(time.monotonic() - started)
         if trainer.skipped_in_row:
             print(f"iter {trainer.iter_num - 1}: loss or gradient is not finite, no update")
         if (trainer.iter_num - 1) % config.log_interval == 0:
-            log(trainer, metrics, lr, loss, pace)
+            log(trainer, metrics, lr_share, loss, pace)
 
 
-def evaluate(trainer: Trainer, metrics: Metrics | None, lr: float, pace: Pace, out_dir: Path) -> bool:
+def evaluate(trainer: Trainer, metrics: Metrics | None, lr_share: float, pace: Pace, out_dir: Path) -> bool:
     """The loss on both splits: a line, a record, the picture, and best.pt. Returns whether val loss improved."""
     started, config = time.monotonic(), trainer.config
     train_loss, val_loss = trainer.evaluate(trainer.train_tokens), trainer.evaluate(trainer.val_tokens)
@@ -160,17 +162,18 @@ def evaluate(trainer: Trainer, metrics: Metrics | None, lr: float, pace: Pace, o
     if metrics:
         tokens = trainer.iter_num * config.tokens_per_iter
         record = {"iter": trainer.iter_num, "tokens": tokens, "val_loss": val_loss, "train_loss_eval": train_loss}
-        metrics.write(**record, lr=lr, elapsed_s=pace.elapsed())
+        metrics.write(**record, **learning_rates(config, lr_share), elapsed_s=pace.elapsed())
         metrics.draw()
         if improved and trainer.iter_num:
             save_best(out_dir, trainer.weights())
     return improved
 
 
-def log(trainer: Trainer, metrics: Metrics | None, lr: float, loss: float, pace: Pace):
+def log(trainer: Trainer, metrics: Metrics | None, lr_share: float, loss: float, pace: Pace):
     """The iteration just done: a line to read, and a record in the metrics."""
     iter_num = trainer.iter_num - 1
-    record = {"iter": iter_num, "tokens": iter_num * trainer.config.tokens_per_iter, "train_loss": loss, "lr": lr}
+    record = {"iter": iter_num, "tokens": iter_num * trainer.config.tokens_per_iter, "train_loss": loss}
+    record |= learning_rates(trainer.config, lr_share)
     line = f"iter {iter_num}: loss {loss:.4f}, time {pace.last_s * 1000:.2f}ms"
     if seconds := pace.lap():
         record |= {"tokens_per_s": round(pace.tokens_per_s(seconds)), "mfu": round(pace.mfu(seconds), 4)}
@@ -208,16 +211,6 @@ def go_back(trainer: Trainer, metrics: Metrics | None, out_dir: Path, rollbacks:
     if metrics:
         metrics.forget_after(trainer.iter_num, trainer.evaluated_iter)
     print(f"loss or weights are not finite: back to iter {trainer.iter_num}, with other data ahead")
-
-
-def get_lr(config: TrainConfig, iter_num: int) -> float:
-    """Linear warmup, then a cosine down to min_lr, then min_lr: nanoGPT's schedule."""
-    if not config.decay_lr:
-        return config.learning_rate
-    if iter_num < config.warmup_iters:
-        return config.learning_rate * (iter_num + 1) / (config.warmup_iters + 1)
-    progress = (iter_num - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) * (config.learning_rate - config.min_lr)
 
 
 def summary(trainer: Trainer, pace: Pace) -> str:

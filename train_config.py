@@ -41,16 +41,21 @@ class TrainConfig:
     n_embd: int = setting(768, "width")
     dropout: float = setting(0.0, "0 for pretraining, 0.1 or more for finetuning")
     bias: bool = setting(False, "bias in LayerNorm and Linear, as GPT-2 has")
+    architecture: str = setting("gpt2", "'gpt2' or 'nanochat', what was learnt since (see model.py)")
     # optimizer
+    optimizer: str = setting("adamw", "'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest")
     learning_rate: float = setting(6e-4, "peak learning rate")
+    embedding_lr: float = setting(0.0, "peak learning rate of the embeddings; 0: as the rest")
+    head_lr: float = setting(0.0, "peak learning rate of a head that is not the embedding; 0: as the rest")
     max_iters: int = setting(600000, "iterations in all")
-    weight_decay: float = setting(1e-1, "AdamW's, on matrices only")
+    weight_decay: float = setting(1e-1, "on matrices; not on embeddings and head with their own learning rate")
     beta1: float = setting(0.9, "AdamW's")
     beta2: float = setting(0.95, "AdamW's")
     grad_clip: float = setting(1.0, "largest gradient norm; 0.0 clips nothing")
-    decay_lr: bool = setting(True, "warmup and cosine decay; False: constant")
+    decay_lr: bool = setting(True, "warmup and decay; False: constant")
     warmup_iters: int = setting(2000, "iterations of linear warmup")
-    lr_decay_iters: int = setting(600000, "where the cosine reaches min_lr; usually max_iters")
+    warmdown_iters: int = setting(0, "constant, and linear decay over so many iterations; 0: cosine decay")
+    lr_decay_iters: int = setting(600000, "where the decay reaches min_lr; usually max_iters")
     min_lr: float = setting(6e-5, "learning rate at the end, usually a tenth of the peak")
     # machine
     seed: int = setting(1337, "for the weights, the order of the data and dropout")
@@ -63,8 +68,8 @@ class TrainConfig:
         positive = "eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size max_iters"
         problems = [f"{key} must be at least 1" for key in positive.split() if getattr(self, key) < 1]
         not_negative = "learning_rate weight_decay grad_clip warmup_iters min_lr plan_vram_gb plan_tflops vram_limit_gb"
-        not_negative = [*not_negative.split(), "early_stop_patience", "early_stop_min_delta"]
-        problems += [f"{key} must not be negative" for key in not_negative if getattr(self, key) < 0]
+        not_negative += " early_stop_patience early_stop_min_delta embedding_lr head_lr warmdown_iters"
+        problems += [f"{key} must not be negative" for key in not_negative.split() if getattr(self, key) < 0]
         problems += [f"{key} must be in [0, 1)" for key in ("beta1", "beta2") if not 0 <= getattr(self, key) < 1]
         if not 0 <= self.seed < 2**32:
             problems.append("seed must be in [0, 2**32)")
@@ -72,8 +77,15 @@ class TrainConfig:
             problems.append(f"init_from is 'scratch' or 'resume', not '{self.init_from}'")
         if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
             problems.append(f"lr_decay_iters={self.lr_decay_iters} must be more than warmup_iters={self.warmup_iters}")
+        if self.optimizer not in ("adamw", "muon"):
+            problems.append(f"optimizer is 'adamw' or 'muon', not '{self.optimizer}'")
+        own_rates = self.embedding_lr and (self.head_lr or self.architecture == "gpt2")
+        if self.optimizer == "muon" and not own_rates:
+            problems.append(
+                "optimizer='muon' is for the blocks: embedding_lr and head_lr (AdamW's) must be set as well"
+            )
         try:
-            GPTConfig(max(1, self.block_size), 1, self.n_layer, self.n_head, self.n_embd, self.dropout, self.bias)
+            GPTConfig(**{**self.shape, "block_size": max(1, self.block_size)})
         except ValueError as problem:
             problems.append(str(problem))
         if problems:
@@ -83,6 +95,12 @@ class TrainConfig:
     def data_dir(self) -> Path:
         """The folder of train.bin, val.bin and meta.json."""
         return Path("data") / self.dataset
+
+    @property
+    def shape(self) -> dict:
+        """The model's, as GPTConfig takes it, but for the vocabulary. GPT-2's has nanoGPT's keys only."""
+        shape = {key: getattr(self, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")}
+        return shape if self.architecture == "gpt2" else {**shape, "architecture": self.architecture}
 
     @property
     def tokens_per_iter(self) -> int:

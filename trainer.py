@@ -14,6 +14,7 @@ from bins import open_bin, read_meta
 from loader import TrainWindows, eval_batches
 from loss import IGNORED
 from model import GPT, GPTConfig
+from optimizer import make_optimizers
 from ranks import Ranks
 from train_config import TrainConfig
 
@@ -34,9 +35,8 @@ PROGRESS = {
 
 def model_args(config: TrainConfig) -> dict:
     """The model's shape, as GPTConfig takes it; the vocabulary is that of the data, as far as meta.json tells."""
-    shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")}
     vocab_size = read_meta(config.data_dir).get("vocab_size", 50257)
-    return {**shape, "vocab_size": -(-vocab_size // 64) * 64}  # a multiple of 64 is faster
+    return {**config.shape, "vocab_size": -(-vocab_size // 64) * 64}  # a multiple of 64 is faster
 
 
 class Trainer:
@@ -59,9 +59,7 @@ class Trainer:
         self.batch_size = self.largest_micro_batch(config.batch_size)
 
         self.model = GPT(GPTConfig(**self.model_args)).to(device)
-        self.optimizer = self.model.configure_optimizers(
-            config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type
-        )
+        self.optimizers = make_optimizers(self.model, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self.forward = compile_model(self.model, device) if config.compile else self.model
         self.skipped_in_row = 0
@@ -88,19 +86,26 @@ class Trainer:
         """Epochs seen so far, with the fraction of the present one."""
         return self.position / self.windows.windows_per_epoch
 
-    def step(self, lr: float) -> float:
+    @property
+    def groups(self) -> list[dict]:
+        """The parameter groups of all optimizers."""
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def step(self, lr_share: float = 1.0) -> float:
         """
-        One iteration: the gradient over all micro-batches, clipped, and the update. Returns the mean loss. Where the
-        loss or the gradient is not finite there is no update.
+        One iteration: the gradient over all micro-batches, clipped, and the update, with each learning rate at that
+        share of its peak. Returns the mean loss. Where the loss or the gradient is not finite there is no update.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group in self.groups:
+            group["lr"] = lr_share * group["peak_lr"]
         loss = self.within_memory(self.forward_backward)
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
         if is_finite or self.scaler.is_enabled():  # which leaves out the update by itself, and lowers its scale
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers.values():
+                self.scaler.step(optimizer)
             self.scaler.update()
         self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
         self.skipped_iters += not is_finite
@@ -111,7 +116,7 @@ class Trainer:
     def forward_backward(self) -> float:
         """The gradient of the mean loss over the iteration's windows, micro-batch by micro-batch. Returns that loss."""
         ranks, share = self.ranks, self.batch_size / self.windows_per_iter
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         # Dropout depends on nothing but the seed and the iteration: a resumed run draws what it would have drawn.
         seeds = np.random.SeedSequence([self.config.seed, self.iter_num, ranks.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
@@ -159,7 +164,7 @@ class Trainer:
             if self.batch_size == 1:
                 raise SystemExit("out of memory with a micro-batch of one window; take a smaller model or block_size")
             self.batch_size = self.largest_micro_batch(self.batch_size // 2)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             print(
@@ -185,7 +190,7 @@ class Trainer:
         """All that going on needs: plain values and tensors only."""
         return {
             **self.weights(),
-            "optimizer": self.optimizer.state_dict(),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "data": self.data,
             **{name: getattr(self, name) for name in PROGRESS},
@@ -194,7 +199,11 @@ class Trainer:
     def restore(self, checkpoint: dict):
         """Takes up where the checkpoint stopped; reads nanoGPT's own too."""
         self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, optimizer in self.optimizers.items():
+            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(checkpoint[name])
+            for group, options in zip(optimizer.param_groups, own):  # as configured, not as they were saved
+                group.update(options)
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         for name, start in PROGRESS.items():  # nanoGPT's have iter_num and best_val_loss only

@@ -14,6 +14,7 @@ from bins import open_bin
 from loader import TrainWindows
 from loss import linear_cross_entropy
 from model import GPT, GPTConfig
+from optimizer import make_optimizers
 from plan import predict_memory
 from ranks import Ranks
 from train_config import TrainConfig
@@ -48,7 +49,7 @@ def test_out_of_memory_is_the_same_training_in_smaller_pieces(bins, capsys, batc
     squeezed.forward = Small(squeezed.model, limit)
     for _ in range(3):
         # another order of float32 sums, nothing else
-        assert squeezed.step(1e-3) == pytest.approx(undisturbed.step(1e-3), rel=1e-6)
+        assert squeezed.step(0.1) == pytest.approx(undisturbed.step(0.1), rel=1e-6)
     assert squeezed.evaluate(squeezed.val_tokens) == pytest.approx(
         undisturbed.evaluate(undisturbed.val_tokens), rel=1e-6
     )
@@ -71,7 +72,7 @@ def test_out_of_memory_with_one_window_is_the_end(bins):
     trainer = make_trainer(bins)
     trainer.forward = Small(trainer.model, 0)
     with pytest.raises(SystemExit, match="one window"):
-        trainer.step(1e-3)
+        trainer.step()
     assert {size for size, _ in trainer.forward.seen} == {8, 4, 2, 1}
 
 
@@ -91,25 +92,31 @@ def test_the_head_never_takes_a_gigabyte():
     assert 0.4e9 < peak_bytes(tracker) - inputs < 1e9  # at least the chunk's logits and the weight's gradient
 
 
-@pytest.mark.parametrize("bias, dropout, batch_size, n_layer", [(False, 0.0, 4, 6), (True, 0.0, 2, 12)])
-def test_the_plan_predicts_the_peak(bias, dropout, batch_size, n_layer):
+@pytest.mark.parametrize(
+    "bias, architecture, batch_size, n_layer", [(False, "gpt2", 4, 6), (True, "gpt2", 2, 12), (False, "nanochat", 4, 6)]
+)
+def test_the_plan_predicts_the_peak(bias, architecture, batch_size, n_layer):
     """predict_memory against what a training step allocates in eager mode, at GPT-2's width and length."""
-    shape = GPTConfig(n_layer=n_layer, bias=bias, dropout=dropout)
+    own = {"optimizer": "muon", "embedding_lr": 0.1, "head_lr": 0.1} if architecture == "nanochat" else {}
+    config = TrainConfig(n_layer=n_layer, bias=bias, architecture=architecture, **own)
     with FakeTensorMode():
-        model = GPT(shape)
-        optimizer = torch.optim.AdamW(model.parameters())
+        model = GPT(GPTConfig(**config.shape, vocab_size=50304))
+        optimizers = make_optimizers(model, config, torch.device("cpu")).values()
         tracker = MemTracker()
-        tracker.track_external(model, optimizer)
+        tracker.track_external(model, *optimizers)
         x = torch.zeros(batch_size, 1024, dtype=torch.long)
         with tracker:
             for micro_batch in range(4):
                 with torch.autocast("cpu", torch.bfloat16):
                     model(x, x)[1].backward()
                 if micro_batch % 2:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    for optimizer in optimizers:
+                        optimizer.step()
+                    model.zero_grad(set_to_none=True)
                 tracker.reset_mod_stats()
-    predicted = sum(predict_memory(model, batch_size, "bfloat16").values())
+    predicted = sum(predict_memory(model, batch_size, "bfloat16", config.optimizer).values())
+    if architecture == "nanochat":  # whose queries and keys a CPU in eager mode keeps in float32 beside bfloat16
+        predicted += batch_size * 1024 * n_layer * 2 * 4 * 768
     assert predicted == pytest.approx(peak_bytes(tracker), rel=0.1)  # the allocator's own slack is of that order
 
 

@@ -5,11 +5,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import assert_one_sentence, gpt2_of, run
-from transformers import GPT2Config, GPT2LMHeadModel
+from conftest import assert_one_sentence, gpt2_of, nanochat_names, nanochat_of, run
+from transformers import GPT2Config, GPT2LMHeadModel, NanoChatConfig, NanoChatForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from loss import IGNORED
+from loss import IGNORED, soft_cap
 from model import GPT, GPTConfig
 
 SHAPE = dict(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
@@ -74,6 +74,65 @@ def test_loss_and_every_gradient_equal_transformers(bias):
         assert (parameter.grad - grad).norm() <= 1e-5 * grad.norm(), name
 
 
+# ---- the nanochat architecture
+
+
+def nanochat_pair():
+    """Our model and transformers' NanoChat, in float32 as its norms are, with the same random weights."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE, bias=False, architecture="nanochat"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model, nanochat_of({"model_args": asdict(model.config), "model": model.state_dict()})
+
+
+def test_nanochat_logits_equal_transformers():
+    model, reference = nanochat_pair()
+    idx = torch.randint(61, (2, 16))
+    expected = reference(idx).logits
+    assert 5 < expected.abs().max() < 15  # large enough for the softcap to bend them
+    # float32 rounds at 6e-8 of logits up to 15, some hundred additions deep
+    torch.testing.assert_close(soft_cap(model.lm_head(model.hidden(idx)), 15.0), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(idx)[0], expected[:, [-1]], rtol=0, atol=1e-4)
+
+
+def test_nanochat_loss_and_every_gradient_equal_transformers():
+    model, reference = nanochat_pair()
+    idx = torch.randint(61, (2, 17))
+    expected = torch.nn.functional.cross_entropy(reference(idx[:, :-1]).logits.flatten(0, 1), idx[:, 1:].flatten())
+    _, loss = model(idx[:, :-1], idx[:, 1:])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    ours = nanochat_names({name: p.grad for name, p in model.named_parameters()})
+    for name, parameter in reference.named_parameters():
+        assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+
+
+def test_nanochat_starts_as_the_uniform_guess():
+    """Its blocks add nothing and its head prefers nothing; the rest is random."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=4, n_embd=64, bias=False,
+                          architecture="nanochat"))  # fmt: skip
+    idx = torch.randint(500, (2, 64))
+    assert model(idx, idx)[1].item() == pytest.approx(math.log(500), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        expected = 0 if "c_proj" in name or "lm_head" in name else 1 if "wte" in name else (3 * 64) ** -0.5
+        # five standard errors of the standard deviation
+        assert abs(parameter.std() - expected) <= 5 * expected / math.sqrt(2 * parameter.numel()), name
+
+
+def test_nanochat_has_the_known_number_of_parameters_and_flops():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(bias=False, architecture="nanochat"))
+        config = NanoChatConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        reference = NanoChatForCausalLM(config)
+    assert model.get_num_params() == reference.num_parameters()
+    matrices = 12 * 12 * 768**2 + 50304 * 768  # the embeddings are looked up, not multiplied
+    assert model.flops_per_token() == 6 * matrices + 12 * 12 * 768 * 1024
+
+
 def test_a_shorter_sequence_is_the_beginning_of_a_longer_one():
     model, _ = random_pair(bias=True)
     idx = torch.randint(61, (1, 16))
@@ -131,18 +190,6 @@ def test_gpt2_has_the_known_number_of_parameters():
     assert ours.get_num_params() == matrices + vectors == 123_587_328  # nanoGPT prints "123.59M"
 
 
-def test_weight_decay_is_on_the_matrices_only():
-    model = GPT(GPTConfig(**SHAPE, bias=True))
-    optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.99), "cpu")
-    names = {id(p): name for name, p in model.named_parameters()}
-    decay = {group["weight_decay"]: [names[id(p)] for p in group["params"]] for group in optimizer.param_groups}
-    vectors = {name for name in names.values() if ".ln_" in name or name.endswith(".bias")}
-    assert decay.keys() == {0.1, 0.0}
-    assert sorted(decay[0.0]) == sorted(vectors)
-    assert sorted(decay[0.1]) == sorted(set(names.values()) - vectors)
-    assert {(group["lr"], group["betas"]) for group in optimizer.param_groups} == {(3e-4, (0.9, 0.99))}
-
-
 # ---- dropout
 
 
@@ -197,6 +244,16 @@ def test_a_width_that_the_heads_do_not_divide_is_refused_with_the_nearest(n_embd
 def test_sizes_below_one_are_refused(key):
     with pytest.raises(ValueError, match=f"{key} must be at least 1, not 0"):
         GPTConfig(**{key: 0})
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match="architecture is 'gpt2' or 'nanochat', not 'llama'"):
+        GPTConfig(architecture="llama")
+
+
+def test_nanochat_has_no_biases():
+    with pytest.raises(ValueError, match="nanochat architecture needs bias=False"):
+        GPTConfig(architecture="nanochat", bias=True)
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])

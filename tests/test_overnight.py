@@ -205,7 +205,9 @@ def test_weights_that_are_not_finite_are_never_saved(bins, tmp_path):
     def break_weights(trainer):
         if trainer.iter_num == 40 and not done:  # asked during iteration 40; the next evaluation is at 45
             done.append(True)
-            trainer.optimizer.register_step_post_hook(lambda *_: break_one(trainer) if len(done) < 2 else None)
+            trainer.optimizers["optimizer"].register_step_post_hook(
+                lambda *_: break_one(trainer) if len(done) < 2 else None
+            )
         return False
 
     def break_one(trainer):
