@@ -18,13 +18,20 @@ import torch
 from configurator import configure, setting
 from files import make_folder, rename, replacing
 from metrics import read_metrics
-from model import GPT
+from model import GPT, NORM_EPS, ROTARY_BASE
 from pretrained import GPT2_NAMES, build_model, load_weights, transpose
 from tokenizer import EOT, EOT_TEXT, VOCAB_SIZE, get_encoding
 from words import duration
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are visible characters in Latin-1
 UNPRINTABLE = {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in PRINTABLE)}
+COMMON = {"bos_token_id": EOT, "eos_token_id": EOT, "torch_dtype": "float32"}  # in every config.json
+NANOCHAT_NAMES = {  # GPTConfig's names and those of NanoChat's config.json
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+}
 CARD = """\
 ---
 library_name: transformers
@@ -33,7 +40,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A language model of {millions:.0f}M parameters with GPT-2's architecture and tokenizer: {shape}.
+A language model of {millions:.0f}M parameters with {architecture}'s architecture and GPT-2's tokenizer: {shape}.
 {training}
 ```python
 from transformers import pipeline
@@ -68,10 +75,11 @@ def main(arguments: list[str]):
     run_dir = Path(config.out_dir) if resume else Path(config.init_from).parent
     checkpoint = load_weights(config.init_from, run_dir)
     model = build_model(checkpoint, config.out_dir if resume else config.init_from)
+    is_gpt2 = model.config.architecture == "gpt2"
     files = {
-        "config.json": to_json(gpt2_config(model)),
+        "config.json": to_json({**COMMON, **(gpt2_config(model) if is_gpt2 else nanochat_config(model))}),
         "generation_config.json": to_json({"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT}),
-        "model.safetensors": gpt2_weights(model),
+        "model.safetensors": to_safetensors(gpt2_weights(model) if is_gpt2 else nanochat_weights(model)),
         **tokenizer_files(model.config.block_size),
         "README.md": model_card(target.name, checkpoint, read_metrics(run_dir / "metrics.jsonl"), model).encode(),
     }
@@ -80,37 +88,73 @@ def main(arguments: list[str]):
 
 
 def gpt2_config(model: GPT) -> dict:
-    """config.json, the vocabulary without its padding."""
+    """config.json of transformers' GPT2LMHeadModel."""
     shape = model.config
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{theirs: getattr(shape, ours) for ours, theirs in GPT2_NAMES.items()},
         "n_ctx": shape.block_size,  # the older name of n_positions, which llama.cpp's converter wants
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": VOCAB_SIZE,  # without the padding
         "activation_function": "gelu",  # GELU itself; OpenAI's GPT-2 has an approximation, "gelu_new"
         "layer_norm_epsilon": 1e-5,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout),
         "tie_word_embeddings": True,
-        "bos_token_id": EOT,
-        "eos_token_id": EOT,
-        "torch_dtype": "float32",
     }
 
 
-def gpt2_weights(model: GPT) -> bytes:
-    """model.safetensors in float32. Biases that the model lacks are zeros; rows that only pad the vocabulary go."""
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise SystemExit("exporting needs the package safetensors: pip install safetensors")
+def gpt2_weights(model: GPT) -> dict:
+    """By transformers' names. Biases that the model lacks are zeros; rows that only pad the vocabulary go."""
     weights = model.state_dict()
     del weights["lm_head.weight"]  # the embeddings once more
     embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
     for name in [name for name in weights if name.endswith(".weight") and name not in embeddings]:
         weights.setdefault(name.replace(".weight", ".bias"), torch.zeros(weights[name].size(0)))
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:VOCAB_SIZE].clone()
-    return save(transpose(weights), metadata={"format": "pt"})
+    return transpose(weights)
+
+
+def nanochat_config(model: GPT) -> dict:
+    """config.json of transformers' NanoChatForCausalLM."""
+    shape = model.config
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        **{theirs: getattr(shape, ours) for ours, theirs in NANOCHAT_NAMES.items()},
+        "num_key_value_heads": shape.n_head,
+        "intermediate_size": 4 * shape.n_embd,
+        "vocab_size": VOCAB_SIZE,
+        "hidden_act": "relu2",
+        "attention_dropout": shape.dropout,
+        "rms_norm_eps": NORM_EPS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
+        "final_logit_softcapping": model.softcap,
+        "tie_word_embeddings": False,
+    }
+
+
+def nanochat_weights(model: GPT) -> dict:
+    """By transformers' names; rows that only pad the vocabulary go."""
+    weights = {
+        "model.embed_tokens.weight": model.transformer.wte.weight[:VOCAB_SIZE],
+        "lm_head.weight": model.lm_head.weight[:VOCAB_SIZE],
+    }
+    for i, block in enumerate(model.transformer.h):
+        q, k, v = block.attn.c_attn.weight.chunk(3)
+        parts = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
+        parts |= {"self_attn.o_proj": block.attn.c_proj.weight}
+        parts |= {"mlp.fc1": block.mlp.c_fc.weight, "mlp.fc2": block.mlp.c_proj.weight}
+        weights |= {f"model.layers.{i}.{name}.weight": weight for name, weight in parts.items()}
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def to_safetensors(weights: dict) -> bytes:
+    """model.safetensors in float32."""
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise SystemExit("exporting needs the package safetensors: pip install safetensors")
+    return save(weights, metadata={"format": "pt"})
 
 
 def tokenizer_files(block_size: int) -> dict[str, bytes]:
@@ -183,6 +227,7 @@ def model_card(name: str, checkpoint: dict, records: list[dict], model: GPT) -> 
     return CARD.format(
         name=name,
         millions=model.get_num_params() / 1e6,
+        architecture="GPT-2" if shape.architecture == "gpt2" else "nanochat",
         shape=f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, context {shape.block_size:,} tokens",
         training=f"\n| training | |\n|---|---|\n{rows}\n" if training else "",
     )

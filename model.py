@@ -18,6 +18,7 @@ from loss import linear_cross_entropy, soft_cap
 ARCHITECTURES = ("gpt2", "nanochat")
 SOFTCAP = 15.0  # nanochat's logits stay between -15 and 15
 ROTARY_BASE = 10000.0
+NORM_EPS = 1e-6  # of nanochat's RMSNorm
 
 
 @dataclass
@@ -70,7 +71,7 @@ class LayerNorm(nn.Module):
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.architecture == "gpt2":
         return LayerNorm(config.n_embd, bias=config.bias)
-    return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+    return nn.RMSNorm(config.n_embd, eps=NORM_EPS, elementwise_affine=False)
 
 
 def rotary_angles(positions, head_size: int):
@@ -118,7 +119,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.qk_norm = None
         if config.architecture == "nanochat":
-            self.qk_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6, elementwise_affine=False)
+            self.qk_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=NORM_EPS, elementwise_affine=False)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)

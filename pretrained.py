@@ -54,9 +54,9 @@ def build_model(checkpoint: dict, name: str, dtype: str = "float32") -> GPT:
 
 
 def crop_positions(weights: dict, block_size: int) -> dict:
-    """The weights of a model that sees block_size tokens only: its first positions."""
+    """The weights of a model that sees block_size tokens only: its first positions, if they are learnt."""
     wpe = "transformer.wpe.weight"
-    return {**weights, wpe: weights[wpe][:block_size]}
+    return {**weights, wpe: weights[wpe][:block_size]} if wpe in weights else weights
 
 
 def load_gpt2(name: str) -> tuple[dict, dict]:

@@ -5,6 +5,7 @@ Trains a GPT on data/<dataset>/{train,val}.bin.
     python train.py config/train_fineweb_4070.py                        # from scratch
     python train.py config/train_fineweb_4070.py --batch_size=12        # with a key overridden
     python train.py config/train_fineweb_4070.py --init_from=resume     # go on from out_dir/ckpt.pt
+    python train.py config/finetune_gpt2.py --dataset=mine              # from GPT-2, on data/mine
     torchrun --standalone --nproc_per_node=4 train.py config/train_fineweb_4070.py      # on four GPUs
 
 Writes out_dir/ckpt.pt, best.pt, metrics.jsonl and loss.png. Ctrl-C and SIGTERM save and stop.
@@ -27,6 +28,7 @@ from metrics import Metrics, start_wandb
 from optimizer import learning_rates, schedule
 from pace import Pace
 from plan import print_plan
+from pretrained import load_weights
 from ranks import start_ranks
 from train_config import TrainConfig
 from trainer import Trainer
@@ -40,7 +42,7 @@ def main(arguments: list[str]):
     sys.stdout.reconfigure(line_buffering=True)  # a log file is as far as the run is
     config = configure(TrainConfig, arguments, __doc__)
     out_dir = Path(config.out_dir)
-    if config.init_from == "scratch" and has_checkpoint(out_dir) and not (config.eval_only or config.plan):
+    if config.init_from != "resume" and has_checkpoint(out_dir) and not (config.eval_only or config.plan):
         raise SystemExit(
             f"{out_dir} holds the checkpoint of an earlier run, which a new one would overwrite: "
             "go on with --init_from=resume, or choose another --out_dir, or delete it"
@@ -52,9 +54,12 @@ def main(arguments: list[str]):
     print_plan(config, device, dtype, ceiling)
     if config.plan:
         return
-    trainer = Trainer(config, device, dtype, ranks)
+    start = None if config.init_from == "scratch" else load_weights(config.init_from, out_dir)
+    trainer = Trainer(config, device, dtype, ranks, start)
     if config.init_from == "resume":
-        resume(trainer, load_latest(out_dir))
+        resume(trainer, start)
+    elif start:
+        print(f"starting from {config.init_from}")
     if config.eval_only:
         train_loss, val_loss = trainer.evaluate(trainer.train_tokens), trainer.evaluate(trainer.val_tokens)
         print(f"step {trainer.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
@@ -68,11 +73,6 @@ def main(arguments: list[str]):
 def resume(trainer: Trainer, checkpoint: dict):
     """Takes up the checkpoint, and says what is not as it was. Raises SystemExit where that cannot be gone on with."""
     config = trainer.config
-    was, now = ({"architecture": "gpt2", **args} for args in (checkpoint["model_args"], trainer.model_args))
-    shape = [f"{key}={was.get(key)}" for key, value in now.items() if was.get(key) != value]
-    shape = [text for text in shape if not text.startswith("dropout=")]
-    if shape:
-        raise SystemExit(f"{config.out_dir}: this run has {', '.join(shape)}; resume it with the same")
     new_data = checkpoint.get("data", trainer.data) != trainer.data
     if new_data and not config.allow_new_data:
         raise SystemExit(

@@ -26,7 +26,7 @@ class TrainConfig:
     plan_vram_gb: float = setting(0.0, "plan for a card with so much memory; 0: this machine's")
     plan_tflops: float = setting(0.0, "plan with so many TFLOP/s; 0: by a matrix product timed on this machine")
     allow_new_data: bool = setting(False, "resume although train.bin is not what the run began with")
-    init_from: str = setting("scratch", "'scratch' or 'resume'")
+    init_from: str = setting("scratch", "'scratch'; 'resume'; a *.pt file; or GPT-2: a Hugging Face folder or name")
     wandb_log: bool = setting(False, "log to Weights & Biases as well")
     wandb_project: str = setting("owt", "wandb's project")
     wandb_run_name: str = setting("gpt2", "wandb's name for the run")
@@ -73,8 +73,6 @@ class TrainConfig:
         problems += [f"{key} must be in [0, 1)" for key in ("beta1", "beta2") if not 0 <= getattr(self, key) < 1]
         if not 0 <= self.seed < 2**32:
             problems.append("seed must be in [0, 2**32)")
-        if self.init_from not in ("scratch", "resume"):
-            problems.append(f"init_from is 'scratch' or 'resume', not '{self.init_from}'")
         if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
             problems.append(f"lr_decay_iters={self.lr_decay_iters} must be more than warmup_iters={self.warmup_iters}")
         if self.optimizer not in ("adamw", "muon"):

@@ -15,6 +15,7 @@ from loader import TrainWindows, eval_batches
 from loss import IGNORED
 from model import GPT, GPTConfig
 from optimizer import make_optimizers
+from pretrained import crop_positions
 from ranks import Ranks
 from train_config import TrainConfig
 
@@ -33,24 +34,48 @@ PROGRESS = {
 }
 
 
-def model_args(config: TrainConfig) -> dict:
-    """The model's shape, as GPTConfig takes it; the vocabulary is that of the data, as far as meta.json tells."""
+def model_args(config: TrainConfig, start: dict | None = None) -> dict:
+    """
+    The model's shape, as GPTConfig takes it. The vocabulary is that of the checkpoint to start from, or else that of
+    the data, as far as meta.json tells. Raises SystemExit if the checkpoint is of another shape.
+    """
+    if start:
+        check_shape(config, start["model_args"])
+        return {**config.shape, "vocab_size": start["model_args"]["vocab_size"]}
     vocab_size = read_meta(config.data_dir).get("vocab_size", 50257)
     return {**config.shape, "vocab_size": -(-vocab_size // 64) * 64}  # a multiple of 64 is faster
 
 
+def check_shape(config: TrainConfig, was: dict):
+    """
+    Raises SystemExit, naming the differences, if the config's shape is not that of the model_args `was`. Dropout may
+    differ, and what does not resume a run may see fewer tokens.
+    """
+    resumes, was = config.init_from == "resume", {"architecture": "gpt2", **was}
+    other = [key for key, value in {"architecture": "gpt2", **config.shape}.items() if was.get(key) != value]
+    other = [key for key in other if key != "dropout"]
+    if "block_size" in other and not resumes and config.block_size < was["block_size"]:
+        other.remove("block_size")
+    if other:
+        values = ", ".join(f"{key}={was.get(key)}" for key in other)
+        if resumes:
+            raise SystemExit(f"{config.out_dir}: this run has {values}; resume it with the same")
+        raise SystemExit(f"{config.init_from}: has {values}; start from it with the same")
+
+
 class Trainer:
     """
-    `ranks` share the windows of each iteration: this one takes every world_size-th. Raises SystemExit where there is
-    no data that fits the shape, or the windows cannot be shared.
+    `ranks` share the windows of each iteration: this one takes every world_size-th. `start` is the checkpoint whose
+    weights it begins with. Raises SystemExit where there is no data that fits the shape, the windows cannot be shared,
+    or the weights are of another shape.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, dtype: str, ranks: Ranks):
+    def __init__(self, config: TrainConfig, device: torch.device, dtype: str, ranks: Ranks, start: dict | None = None):
         self.config, self.device, self.dtype, self.ranks = config, device, dtype, ranks
         use_tf32(device)
         limit_memory(config.vram_limit_gb, device)
         torch.manual_seed(config.seed)
-        self.model_args = model_args(config)
+        self.model_args = model_args(config, start)
         self.train_tokens = open_bin(config.data_dir, "train", config.block_size, self.model_args["vocab_size"])
         self.val_tokens = open_bin(config.data_dir, "val", config.block_size, self.model_args["vocab_size"])
         self.data = {"tokens": len(self.train_tokens), **read_meta(config.data_dir).get("train", {})}
@@ -58,7 +83,10 @@ class Trainer:
         self.windows_per_iter = config.batch_size * config.gradient_accumulation_steps
         self.batch_size = self.largest_micro_batch(config.batch_size)
 
-        self.model = GPT(GPTConfig(**self.model_args)).to(device)
+        self.model = GPT(GPTConfig(**self.model_args))
+        if start:
+            self.model.load_state_dict(crop_positions(start["model"], config.block_size))
+        self.model.to(device)
         self.optimizers = make_optimizers(self.model, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self.forward = compile_model(self.model, device) if config.compile else self.model

@@ -14,9 +14,18 @@ import torch
 from conftest import ROOT, assert_one_sentence, run
 from hypothesis import strategies
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    NanoChatForCausalLM,
+    set_seed,
+)
 
 from export import main
+from loss import soft_cap
 from model import GPT, GPTConfig
 from pretrained import build_model, load_weights
 from tokenizer import get_encoding
@@ -25,14 +34,15 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "dropout": 0
 IDS = torch.randint(50257, (2, 48), generator=torch.Generator().manual_seed(0))
 
 
-def save(folder, bias=True, **more):
+def save(folder, bias=True, architecture="gpt2", **more):
     """A checkpoint whose weights are all random, biases and gains too."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPE, bias=bias))
+    model_args = {**SHAPE, "bias": bias, "architecture": architecture}
+    model = GPT(GPTConfig(**model_args))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    checkpoint = {"model": model.state_dict(), "model_args": {**SHAPE, "bias": bias}, **more}
+    checkpoint = {"model": model.state_dict(), "model_args": model_args, **more}
     torch.save(checkpoint, folder / "ckpt.pt")
     return checkpoint
 
@@ -44,7 +54,7 @@ def export(out_dir, export_dir, *flags, **how):
 def logits_of(init_from, out_dir=None):
     model = build_model(load_weights(str(init_from), out_dir), "it")
     with torch.no_grad():
-        return model.lm_head(model.hidden(IDS))
+        return soft_cap(model.lm_head(model.hidden(IDS)), model.softcap)
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +71,18 @@ def folder(tmp_path_factory):
 # ---- the model
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_transformers_computes_the_same_logits(bias, folder, tmp_path):
-    if not bias:
-        save(tmp_path, bias=False)
-        assert export(tmp_path, tmp_path / "it").returncode == 0
-        folder = tmp_path / "it"
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert isinstance(model, GPT2LMHeadModel) and model.dtype == torch.float32 and not model.training
+@pytest.mark.parametrize(
+    "kind, bias", [(GPT2LMHeadModel, True), (GPT2LMHeadModel, False), (NanoChatForCausalLM, False)]
+)
+def test_transformers_computes_the_same_logits(kind, bias, tmp_path):
+    save(tmp_path, bias, "gpt2" if kind is GPT2LMHeadModel else "nanochat")
+    assert export(tmp_path, tmp_path / "it").returncode == 0
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "it", output_loading_info=True)
+    assert isinstance(model, kind) and model.dtype == torch.float32 and not model.training
     assert not any(loading.values()), loading
     with torch.no_grad():
         found = model(IDS).logits
-    ours = logits_of("resume", tmp_path if not bias else folder.parent / "run")
+    ours = logits_of("resume", tmp_path)
     assert found.shape == (2, 48, 50257) and ours.abs().max() > 1
     # float32 sums of 32 products of size 1 in another order; the same to 1e-4 is what was promised
     torch.testing.assert_close(found, ours[..., :50257], rtol=0, atol=1e-4)

@@ -1,0 +1,85 @@
+"""Training that begins with weights: GPT-2 from a Hugging Face folder, or a checkpoint, on other data."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_sentence, load, metrics, run, train
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+GPT2_SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "bias": True}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A small random GPT-2 as transformers saves it, which sees 48 tokens and knows 300 ids."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    set_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def loss_of(model, ids):
+    """transformers' mean loss over all of `ids`, in windows of 32."""
+    with torch.no_grad():
+        windows = [torch.from_numpy(ids[start : start + 33]) for start in range(0, len(ids) - 1, 32)]
+        total = sum(
+            torch.nn.functional.cross_entropy(model(window[None, :-1]).logits[0], window[1:], reduction="sum").item()
+            for window in windows
+        )
+    return total / (len(ids) - 1)
+
+
+def test_gpt2_is_evaluated_and_trained_further(gpt2, bins, tmp_path):
+    folder, model = gpt2
+    settings = {**GPT2_SHAPE, "init_from": folder, "learning_rate": 1e-3, "decay_lr": False}
+    result = train(bins, tmp_path, **settings)
+    assert result.returncode == 0, result.stderr
+    evals = [record["val_loss"] for record in metrics(tmp_path) if "val_loss" in record]
+    ids = np.fromfile(bins / "val.bin", "<u2").astype(np.int64)
+    # GELU itself for its tanh approximation moves an activation by 0.0005 at most
+    assert evals[0] == pytest.approx(loss_of(model, ids), abs=2e-3)
+    assert evals[-1] < evals[0] - 1
+    checkpoint = load(tmp_path)
+    assert checkpoint["model_args"]["vocab_size"] == 300
+    assert checkpoint["model_args"]["block_size"] == 32  # of the 48 positions
+    resumed = train(bins, tmp_path, **{**settings, "init_from": "resume"}, max_iters=50)
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.findall(r"^iter (\d+):", resumed.stdout, re.M) == [str(i) for i in range(45, 50)]
+
+
+def test_a_checkpoint_is_trained_further_from_its_first_iteration(bins, tmp_path):
+    assert train(bins, tmp_path / "first", max_iters=20, lr_decay_iters=20).returncode == 0
+    result = train(bins, tmp_path / "second", init_from=tmp_path / "first" / "ckpt.pt", max_iters=20)
+    assert result.returncode == 0, result.stderr
+    first, second = ([r for r in metrics(tmp_path / name) if "val_loss" in r] for name in ("first", "second"))
+    assert second[0]["iter"] == 0 and second[0]["val_loss"] == pytest.approx(first[-1]["val_loss"], abs=1e-6)
+    assert second[-1]["val_loss"] < first[-1]["val_loss"]
+
+
+def test_another_shape_is_refused_in_a_sentence(gpt2, bins, tmp_path):
+    refused = train(bins, tmp_path, init_from=gpt2[0], n_layer=3)
+    assert_one_sentence(refused, "n_layer=2, bias=True; start from it with the same")
+    refused = train(bins, tmp_path, **GPT2_SHAPE, init_from=gpt2[0], block_size=64)
+    assert_one_sentence(refused, "block_size=48")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_run_is_not_overwritten(gpt2, bins, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"a night's work")
+    refused = train(bins, tmp_path, **GPT2_SHAPE, init_from=gpt2[0])
+    assert_one_sentence(refused, "--init_from=resume")
+    assert (tmp_path / "ckpt.pt").read_bytes() == b"a night's work"
+
+
+def test_the_config_for_finetuning(gpt2, bins, tmp_path):
+    """config/finetune_gpt2.py on a small model and a few iterations."""
+    flags = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--max_iters=3", "--compile=false"]
+    flags += [f"--init_from={gpt2[0]}", f"--dataset={bins}", f"--out_dir={tmp_path / 'out'}", "--eval_iters=1"]
+    result = run("train.py", ROOT / "config/finetune_gpt2.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert {r["lr"] for r in metrics(tmp_path / "out")} == {3e-5}
+    assert (tmp_path / "out" / "ckpt.pt").exists()
