@@ -6,7 +6,8 @@ How fast a config trains here, and how much memory it takes; side by side with a
     python bench.py config/train_demo.py --peer=../nanoGPT                        # tries it on a CPU
 
 Each measurement is a process of its own, ours and the peer's in turn. Both compile, use fused AdamW, the same shape,
-number format and data, and start with batch_size windows, made fewer until a step and an evaluation fit.
+number format and data, and start with batch_size windows, made fewer until a step and an evaluation fit. The peer has
+GPT-2's architecture and AdamW, whatever the config says.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ import torch
 from backend import autocast, choose_device, choose_dtype, limit_memory, peak_memory_gb, use_tf32
 from configurator import configure, setting
 from files import replacing
+from ranks import Ranks
 from train_config import TrainConfig
 from trainer import Trainer, model_args
 
@@ -97,8 +99,9 @@ def circumstances(arguments: list[str], config: BenchConfig) -> dict:
 
 def measure_ours(config: BenchConfig) -> dict:
     device = choose_device(config.device)
-    trainer = Trainer(config, device, choose_dtype(config.dtype, device))
+    trainer = Trainer(config, device, choose_dtype(config.dtype, device), Ranks())
     trainer.evaluate(trainer.val_tokens)
+    warm_up(trainer.step)
     waited, read = 0.0, trainer.windows.batch
 
     def timed_read(*arguments):
@@ -109,8 +112,7 @@ def measure_ours(config: BenchConfig) -> dict:
         return batch
 
     trainer.windows.batch = timed_read
-    iters, seconds = count_iterations(lambda: trainer.step(), config.seconds)
-    # all the waiting of the warm-up counts too: if anything, the share is too large
+    iters, seconds = count_iterations(trainer.step, config.seconds)
     return figures(config, trainer.batch_size, iters, seconds, device) | {"reading_share": waited / seconds}
 
 
@@ -123,7 +125,8 @@ def measure_peer(config: BenchConfig) -> dict:
     spec = importlib.util.spec_from_file_location("peer_model", Path(config.peer) / "model.py")
     peer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
-    model = peer.GPT(peer.GPTConfig(**model_args(config))).to(device)
+    shape = {key: value for key, value in model_args(config).items() if key != "architecture"}
+    model = peer.GPT(peer.GPTConfig(**shape)).to(device)
     betas = (config.beta1, config.beta2)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device.type)
     forward = torch.compile(model) if config.compile else model
@@ -163,8 +166,8 @@ def measure_peer(config: BenchConfig) -> dict:
 
     for batch_size in (size for size in range(config.batch_size, 0, -1) if windows % size == 0):
         try:
-            step(batch_size)
             evaluate(batch_size)
+            warm_up(lambda size=batch_size: step(size))
             iters, seconds = count_iterations(lambda size=batch_size: step(size), config.seconds)
         except torch.OutOfMemoryError:
             continue
@@ -172,10 +175,13 @@ def measure_peer(config: BenchConfig) -> dict:
     raise SystemExit("out of memory with a micro-batch of one window")
 
 
-def count_iterations(step, seconds: float) -> tuple[int, float]:
-    """Iterations and the seconds they took, after three that are not counted."""
+def warm_up(step):
     for _ in range(3):
         step()
+
+
+def count_iterations(step, seconds: float) -> tuple[int, float]:
+    """Iterations in about so many seconds, and how many they took."""
     iters, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:
         step()

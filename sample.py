@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin crawl where other work goes on
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin longer crawl on a busy machine
 import torch
 
 from backend import choose_device, choose_dtype, compile_model, use_tf32

@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin crawl where other work goes on
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin longer crawl on a busy machine
 
 from backend import choose_device, choose_dtype, measure_tflops, peak_memory_gb
 from checkpoint import LATEST, check_space, has_checkpoint, load_latest, save_best, save_latest

@@ -27,7 +27,7 @@ KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ |= {**KEEP_MEMORY, "OMP_WAIT_POLICY": "passive"}
+    os.environ |= {**KEEP_MEMORY, "GOMP_SPINCOUNT": "10000"}
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import torch

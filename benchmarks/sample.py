@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for both: threads that spin crawl where other work goes on
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for both, as in sample.py
 import torch
 
 ROOT = Path(__file__).parent.parent

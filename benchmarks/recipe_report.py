@@ -1,0 +1,53 @@
+"""
+The table and the picture of the runs in benchmarks/recipe.jsonl: prints the rows as Markdown, the lowest loss first,
+and draws benchmarks/recipe.png, the val loss against tokens and against seconds.
+
+    python benchmarks/recipe_report.py
+
+Tokens saved: how many times fewer tokens a run took than the tuned AdamW baseline (the best `adamw` row), where it ends
+at or below the baseline's last loss. Seconds are iterations times the median of an iteration, without compilation.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+FOLDER = Path(__file__).parent
+
+
+def main():
+    runs = [json.loads(line) for line in (FOLDER / "recipe.jsonl").read_text().splitlines()]
+    for run in runs:
+        run["label"] = " ".join(filter(None, (run["row"], run["changes"].replace("--", ""))))
+        run["tokens"] = run["iters"] * run["tokens_per_iter"]
+        run["last"] = run["val_loss"][-1][1]
+    runs.sort(key=lambda run: (run["last"], run["label"]))
+    baseline = min((run for run in runs if run["row"] == "adamw"), key=lambda run: run["last"])
+    print("| recipe | million tokens | val loss | tokens saved | s per iteration |\n|---|---|---|---|---|")
+    for run in runs:
+        saved = f"{baseline['tokens'] / run['tokens']:.2f}" if run["last"] <= baseline["last"] else ""
+        figures = f"{run['tokens'] / 1e6:.2f} | {run['last']:.4f} | {saved} | {run['s_per_iter']:.2f}"
+        print(f"| {run['label']} | {figures} |")
+    names = sys.argv[1:] or list(dict.fromkeys(run["row"] for run in runs))
+    draw([next(run for run in runs if name in (run["row"], run["label"])) for name in names], baseline)
+
+
+def draw(runs: list[dict], baseline: dict):
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, unit in zip(figure.subplots(1, 2, sharey=True), ("million tokens", "seconds")):
+        for run in runs:
+            scale = run["tokens_per_iter"] / 1e6 if unit == "million tokens" else run["s_per_iter"]
+            iters, losses = zip(*run["val_loss"][1:])
+            axes.plot([i * scale for i in iters], losses, marker="o", markersize=3, label=run["label"])
+        axes.axhline(baseline["last"], color="grey", linestyle=":", label="where tuned AdamW ends")
+        axes.set_xlabel(unit)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("val loss (nats per token)")
+    figure.axes[0].legend()
+    figure.savefig(FOLDER / "recipe.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+# The night that ends in the morning: 1.15 billion tokens through a modern 12-layer GPT, trained by Muon, on one
+# FineWeb parquet file and one 12 GB RTX 4070. What each part is worth at a small scale: benchmarks/recipe.md.
+
+out_dir = "out-fineweb-fast"
+eval_interval = 200
+eval_iters = 100
+log_interval = 20
+always_save_checkpoint = True
+
+wandb_log = True  # optional: without wandb, a key or a network the run goes on, and says so
+wandb_project = "fineweb"
+wandb_run_name = "nanochat-muon-4070"
+
+dataset = "fineweb"
+# 8 * 32 * 1024 = 262,144 tokens per iteration, half of what the recipes for eight GPUs take: one card gains nothing
+# by fewer and larger steps.
+gradient_accumulation_steps = 32
+batch_size = 8
+block_size = 1024
+
+architecture = "nanochat"  # rotary, QK-norm, ReLU squared, RMSNorm, a head of its own, softcap: see model.py
+n_layer = 12
+n_head = 6  # each 128 wide, as nanochat and modded-nanogpt have them
+n_embd = 768
+dropout = 0.0
+bias = False
+
+# nanochat's rates for 12 layers and 524,288 tokens per iteration (0.02, 0.3, 0.008), times the root of a half.
+optimizer = "muon"
+learning_rate = 0.014  # Muon's, for the matrices of the blocks
+embedding_lr = 0.2  # AdamW's
+head_lr = 0.0055
+weight_decay = 0.05
+beta1 = 0.8
+beta2 = 0.95
+
+max_iters = 4400
+warmup_iters = 40
+warmdown_iters = 3000  # a trapezoid: constant until here from the end, then linear to nothing
+lr_decay_iters = 4400
+min_lr = 0.0
+
+compile = True
