@@ -104,10 +104,10 @@ def measure_ours(config: BenchConfig) -> dict:
     warm_up(trainer.step)
     waited, read = 0.0, trainer.windows.batch
 
-    def timed_read(*arguments):
+    def timed_read(*arguments, **options):
         nonlocal waited
         started = time.perf_counter()
-        batch = read(*arguments)
+        batch = read(*arguments, **options)
         waited += time.perf_counter() - started
         return batch
 

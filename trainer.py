@@ -91,8 +91,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self.forward = compile_model(self.model, device) if config.compile else self.model
         self.skipped_in_row = 0
-        for name, start in PROGRESS.items():
-            setattr(self, name, start)
+        for name, initial in PROGRESS.items():
+            setattr(self, name, initial)
 
     def largest_micro_batch(self, limit: int) -> int:
         """The largest micro-batch up to `limit` that divides this process's share of an iteration."""
