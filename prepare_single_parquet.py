@@ -31,7 +31,7 @@ from parquet_reader import Batch, Source, find_parquets, fingerprint, open_sourc
 from tokenizer import EOT, VOCAB_SIZE, encode_documents, read_ranks
 
 DEFAULT_FOLDER = Path("data/fineweb/train")
-CONFIG_FILE = Path(__file__).parent / "config" / "train_fineweb_4070.py"
+CONFIG_FILES = [Path(__file__).parent / "config" / f"train_fineweb_4070{name}.py" for name in ("_fast", "")]
 CHECKPOINT_S = 2  # seconds of work that a power cut may cost
 IN_FLIGHT = 4 << 20  # bytes of text handed to each worker and not yet written: about five batches
 BYTES_PER_TOKEN = 4  # English has 4.3 and more, so this errs on the safe side
@@ -250,7 +250,7 @@ def finish(writer: BinsWriter) -> collections.Counter:
 
 
 def report(state: dict, lengths: collections.Counter, new_tokens: int, seconds: float):
-    """The summary, one `key: value` a line, and what the shipped config makes of these bins."""
+    """The summary, one `key: value` a line, and what the shipped configs make of these bins."""
     tokens, documents = (sum(state[split][what] for split in SPLITS) for what in ("tokens", "documents"))
     compared, differing = state["token_counts_compared"], state["token_counts_differing"]
     verdict = f"{differing:,} of {compared:,} documents differ" if differing else f"equal in all {compared:,} documents"
@@ -268,7 +268,8 @@ def report(state: dict, lengths: collections.Counter, new_tokens: int, seconds: 
         f"tokens_per_s: {new_tokens / seconds:,.0f}\n"
         f"peak_memory_mb: {peak_memory_mb()}"
     )
-    print(what_the_config_makes_of(state["train"]["tokens"]))
+    for config_file in CONFIG_FILES:
+        print(what_a_config_makes_of(config_file, state["train"]["tokens"]))
 
 
 def quantile(counts: collections.Counter, q: float) -> int:
@@ -278,15 +279,15 @@ def quantile(counts: collections.Counter, q: float) -> int:
     return values[np.searchsorted(cumulated, q * cumulated[-1])]
 
 
-def what_the_config_makes_of(tokens: int) -> str:
+def what_a_config_makes_of(config_file: Path, tokens: int) -> str:
     try:
-        config = read_config_file(str(CONFIG_FILE))
+        config = read_config_file(str(config_file))
         per_iter = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
         seen = per_iter * config["max_iters"]
     except (ValueError, KeyError, TypeError) as problem:
-        return f"config/{CONFIG_FILE.name} says nothing of its length ({problem})"
+        return f"config/{config_file.name} says nothing of its length ({problem})"
     return (
-        f"config/{CONFIG_FILE.name}: {per_iter:,} tokens per iteration, one epoch is {tokens / per_iter:,.1f} "
+        f"config/{config_file.name}: {per_iter:,} tokens per iteration, one epoch is {tokens / per_iter:,.1f} "
         f"iterations, its {config['max_iters']:,} are {seen / 1e9:.2f} billion tokens or {seen / tokens:.2f} epochs"
     )
 
