@@ -29,7 +29,8 @@ def soft_cap(logits, softcap: float):
     """The logits bent into (-softcap, softcap), in float32 at least; as they are without a softcap."""
     if not softcap:
         return logits
-    return softcap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / softcap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return softcap * (2 * torch.sigmoid(logits * (2 / softcap)) - 1)  # is softcap * tanh(logits / softcap), but faster
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
