@@ -29,8 +29,9 @@ def soft_cap(logits, softcap: float):
     """The logits bent into (-softcap, softcap), in float32 at least; as they are without a softcap."""
     if not softcap:
         return logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return softcap * (2 * torch.sigmoid(logits * (2 / softcap)) - 1)  # is softcap * tanh(logits / softcap), but faster
+    # softcap * tanh(logits / softcap), in the form that a CPU computes fastest
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return softcap * (2 * torch.sigmoid(logits.to(wide) * (2 / softcap)) - 1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
