@@ -46,7 +46,7 @@ from train_config import TrainConfig
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 16}
 LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32}
-NANOCHAT = {"architecture": "nanochat", "weight_decay": 0.0, "embedding_lr": 0.1, "head_lr": 2e-3}
+NANOCHAT = {"architecture": "nanochat", "weight_decay": 0.0, "embedding_lr": 0.1, "head_lr": 6e-3}
 ROWS = {
     "seed": {"learning_rate": 5e-4, "beta2": 0.99, "warmup": 1 / 12},  # config/train_fineweb_4070.py
     "adamw": {"learning_rate": 2e-3, "beta2": 0.95, "warmup": 0.05},

@@ -10,7 +10,6 @@ the run of the same recipe that other work on the machine disturbed least.
 """
 
 import json
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -33,8 +32,8 @@ def main():
         print(f"| {run['label']} | {run['tokens'] / 1e6:.2f} | {run['last']:.4f} | {saved} |")
     for row in dict.fromkeys(run["row"] for run in runs):
         print(f"{row}: {next(run['seconds'] for run in runs if run['row'] == row):.2f} s per iteration")
-    names = sys.argv[1:] or list(dict.fromkeys(run["row"] for run in runs))
-    draw([next(run for run in runs if name in (run["row"], run["label"])) for name in names], baseline)
+    best = {run["row"]: run for run in reversed(runs)}  # of each recipe the one with the lowest loss
+    draw(list(best.values()), baseline)
 
 
 def draw(runs: list[dict], baseline: dict):
@@ -43,7 +42,13 @@ def draw(runs: list[dict], baseline: dict):
         for run in runs:
             scale = run["tokens_per_iter"] / 1e6 if unit == "million tokens" else run["seconds"]
             iters, losses = zip(*run["val_loss"][1:])
-            axes.plot([i * scale for i in iters], losses, marker="o", markersize=3, label=run["label"])
+            axes.plot(
+                [i * scale for i in iters],
+                losses,
+                marker="o",
+                markersize=3,
+                label=f"{run['label']}, {run['tokens'] / 1e6:.1f} M tokens",
+            )
         axes.axhline(baseline["last"], color="grey", linestyle=":", label="where tuned AdamW ends")
         axes.set_xlabel(unit)
         axes.grid(alpha=0.3)
