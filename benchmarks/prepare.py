@@ -30,7 +30,8 @@ from pyarrow import parquet
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from prepare_single_parquet import cores  # noqa: E402
+from machine import commit, cpu_name
+from prepare_single_parquet import cores
 
 OURS = [sys.executable, ROOT / "prepare_single_parquet.py"]
 
@@ -236,19 +237,6 @@ def rounded(figures: dict) -> dict:
 
 def versions(*packages: str) -> dict:
     return {package: importlib.metadata.version(package) for package in packages}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or "not committed"
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ Which recipe learns most from the same tokens: one run of a small model, added t
     python benchmarks/recipe.py fast --dataset=FOLDER --max_iters=512 --without=qk_norm
 
 FOLDER has train.bin and val.bin. A row begins with one of ROWS; any setting of train.py changes it, and --without=PART
-replaces a part of the nanochat architecture by what GPT-2 has there. On a CPU the model is 4 layers deep, 256 wide,
-sees 256 tokens, and takes 4,096 in an iteration; with --gpu it has the 124M shape, and takes 131,072.
+replaces a part of the nanochat architecture by what GPT-2 has there, --plus=PART adds one that others found good:
+benchmarks/recipe_parts.py has them. On a CPU the model is 4 layers deep, 256 wide, sees 256 tokens, and takes 4,096 in
+an iteration; with --gpu it has the 124M shape, and takes 131,072.
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import statistics
@@ -31,17 +33,16 @@ if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
-import model as model_module
 import trainer as trainer_module
 from backend import choose_device, choose_dtype
 from configurator import configure, setting
-from model import GPT, LayerNorm
+from machine import commit, cpu_name
+from model import GPT
 from optimizer import schedule
 from ranks import Ranks
+from recipe_parts import plus, without
 from train_config import TrainConfig
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 16}
@@ -59,6 +60,7 @@ EVALS, EVAL_ITERS, LAST_EVAL_ITERS = 8, 2, 16  # evaluations in a run and their 
 @dataclass
 class RecipeConfig(TrainConfig):
     without: str = setting("", "a part of the nanochat architecture to replace by GPT-2's")
+    plus: str = setting("", "a part to add to the nanochat architecture")
     warmup: float = setting(0.0, "warmup_iters as a share of max_iters")
     warmdown: float = setting(0.0, "warmdown_iters as a share of max_iters; 0: cosine down to a tenth")
     gpu: bool = setting(False, "the 124M shape and 131,072 tokens an iteration")
@@ -82,7 +84,7 @@ def main(arguments: list[str]):
     changes = " ".join(a for a in arguments[1:] if not a.startswith(("--dataset", "--max_iters", "--save")))
     result = {"row": name, "changes": changes, "iters": config.max_iters, "tokens_per_iter": config.tokens_per_iter}
     print(json.dumps(result))
-    result |= run(config)
+    result |= run(config) | {"commit": commit(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
     with open(config.save, "a") as file:
         file.write(json.dumps(result) + "\n")
 
@@ -90,7 +92,7 @@ def main(arguments: list[str]):
 def run(config: RecipeConfig) -> dict:
     """Trains, and returns the val losses by iteration, and the median seconds of an iteration."""
     device = choose_device(config.device)
-    trainer_module.GPT = lambda shape: without(config.without, GPT(shape))
+    trainer_module.GPT = lambda shape: plus(config.plus, without(config.without, GPT(shape)))
     trainer = trainer_module.Trainer(config, device, choose_dtype(config.dtype, device), Ranks())
     losses, seconds, started = [], [], time.monotonic()
     for i in range(config.max_iters + 1):
@@ -102,66 +104,8 @@ def run(config: RecipeConfig) -> dict:
             begun = time.perf_counter()
             trainer.step(schedule(config, i))
             seconds.append(time.perf_counter() - begun)
-    return {"val_loss": losses, "s_per_iter": round(statistics.median(seconds), 4), "device": device.type}
-
-
-def without(part: str, model: GPT) -> GPT:
-    """The nanochat model with one part replaced by GPT-2's."""
-    blocks, n_embd = model.transformer.h, model.config.n_embd
-    if part == "rotary":
-        model_module.rotate = lambda x, angles: x
-        model.transformer.ln_0 = nn.Sequential(LearnedPositions(model.config), model.transformer.ln_0)
-    elif part == "qk_norm":
-        for block in blocks:
-            block.attn.qk_norm = None
-    elif part == "relu_squared":
-        for block in blocks:
-            block.mlp.activation = F.gelu
-    elif part == "rms_norm":
-        for block in blocks:
-            block.ln_1, block.ln_2 = (LayerNorm(n_embd, bias=False) for _ in range(2))
-        model.transformer.ln_f = LayerNorm(n_embd, bias=False)
-    elif part == "embedding_norm":
-        model.transformer.ln_0 = nn.Identity()
-    elif part == "own_head":
-        model.transformer.wte.weight = model.lm_head.weight
-        nn.init.normal_(model.lm_head.weight, std=0.02)
-    elif part == "softcap":
-        model.softcap = 0.0
-    elif part == "zero_init":
-        for block in blocks:
-            for linear in (block.attn.c_proj, block.mlp.c_proj):
-                nn.init.normal_(linear.weight, std=0.02 / (2 * len(blocks)) ** 0.5)
-        nn.init.normal_(model.lm_head.weight, std=0.02)
-    elif part == "joint_qkv":
-        for block in blocks:
-            block.attn.c_attn = Split(block.attn.c_attn)
-    elif part:
-        raise SystemExit(f"--without={part}: there is no such part")
-    return model
-
-
-class LearnedPositions(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        nn.init.normal_(self.wpe.weight)
-
-    def forward(self, x):
-        return x + self.wpe.weight[: x.size(1)]
-
-
-class Split(nn.Module):
-    """Query, key and value each a matrix of its own, that Muon makes orthogonal by itself."""
-
-    def __init__(self, joint: nn.Linear):
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Linear(joint.in_features, joint.in_features, bias=False) for _ in range(3))
-        for part, weight in zip(self.parts, joint.weight.chunk(3)):
-            part.weight = nn.Parameter(weight.detach().clone())
-
-    def forward(self, x):
-        return torch.cat([part(x) for part in self.parts], dim=-1)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"val_loss": losses, "s_per_iter": round(statistics.median(seconds), 4), "machine": name}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from backend import autocast, choose_device, compile_model, use_tf32
 from generate import Taste, chances, generate
+from machine import commit, cpu_name
 from model import GPT, GPTConfig
 from pretrained import build_model, load_weights
 
@@ -158,19 +158,6 @@ def report(speeds: dict[str, list[float]], step_bytes: int, bandwidth: float, ar
     runs = json.loads(file.read_text()) if file.exists() else {}
     runs[f"{args.device} {args.dtype}"] = results
     file.write_text(json.dumps(runs, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or "not committed"
 
 
 if __name__ == "__main__":
