@@ -47,12 +47,15 @@ from train_config import TrainConfig
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 16}
 LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32}
-NANOCHAT = {"architecture": "nanochat", "weight_decay": 0.0, "embedding_lr": 0.1, "head_lr": 6e-3}
+NANOCHAT = {"architecture": "nanochat", "embedding_lr": 0.1, "head_lr": 6e-3}
+TRAPEZOID = {"weight_decay": 0.0, "beta1": 0.8, "beta2": 0.95, "warmdown": 0.7}
+MUON = {**TRAPEZOID, "optimizer": "muon", "learning_rate": 2e-2}
 ROWS = {
     "seed": {"learning_rate": 5e-4, "beta2": 0.99, "warmup": 1 / 12},  # config/train_fineweb_4070.py
     "adamw": {"learning_rate": 2e-3, "beta2": 0.95, "warmup": 0.05},
-    "modern": {**NANOCHAT, "learning_rate": 2e-3, "beta1": 0.8, "beta2": 0.95, "warmdown": 0.7},
-    "fast": {**NANOCHAT, "learning_rate": 2e-2, "beta1": 0.8, "beta2": 0.95, "warmdown": 0.7, "optimizer": "muon"},
+    "modern": {**NANOCHAT, **TRAPEZOID, "learning_rate": 2e-3},
+    "muon": {**MUON, "embedding_lr": 2e-3},
+    "fast": {**NANOCHAT, **MUON},
 }
 EVALS, EVAL_ITERS, LAST_EVAL_ITERS = 8, 2, 16  # evaluations in a run and their size, the last one larger
 
@@ -95,8 +98,9 @@ def run(config: RecipeConfig) -> dict:
     trainer_module.GPT = lambda shape: plus(config.plus, without(config.without, GPT(shape)))
     trainer = trainer_module.Trainer(config, device, choose_dtype(config.dtype, device), Ranks())
     losses, seconds, started = [], [], time.monotonic()
+    due = {round(share * config.max_iters / EVALS) for share in range(EVALS + 1)}
     for i in range(config.max_iters + 1):
-        if i % max(1, config.max_iters // EVALS) == 0 or i == config.max_iters:
+        if i in due:
             config.eval_iters = EVAL_ITERS if i < config.max_iters else LAST_EVAL_ITERS
             losses.append((i, round(trainer.evaluate(trainer.val_tokens), 4)))
             print(f"iter {i}: val loss {losses[-1][1]:.4f}, {time.monotonic() - started:.0f}s", flush=True)
