@@ -55,6 +55,9 @@ def start_ranks(device: str) -> tuple[Ranks, str]:
     if on_gpu:
         device = f"cuda:{ranks.local_rank}"
         torch.cuda.set_device(device)
+    # Imported later, its functions would keep the group in their defaults, and with it threads that can crash the exit.
+    from torch.distributed import nn  # noqa: F401
+
     dist.init_process_group("nccl" if on_gpu else "gloo")
     if not ranks.is_first:
         sys.stdout = open(os.devnull, "w")

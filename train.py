@@ -53,6 +53,7 @@ def main(arguments: list[str]):
     ceiling = measure_tflops(device, dtype)
     print_plan(config, device, dtype, ceiling)
     if config.plan:
+        ranks.stop()
         return
     start = None if config.init_from == "scratch" else load_weights(config.init_from, out_dir)
     trainer = Trainer(config, device, dtype, ranks, start)

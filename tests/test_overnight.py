@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,19 +96,15 @@ def test_killed_at_random_moments_it_is_the_same_run(bins, tmp_path):
     """kill -9, five times in a run that saves every 10 iterations; benchmarks/torture_train.py does it more often."""
     changes = {"max_iters": 150, "eval_interval": 10, "dropout": 0.1}
     assert train(bins, tmp_path / "whole", **changes).returncode == 0
-    out_dir, killed = tmp_path / "parts", 0
+    out_dir = tmp_path / "parts"
     random.seed(5)
-    while killed < 5:
+    for iteration in sorted(random.sample(range(11, 140), 5)):
         process = start(bins, out_dir, init_from="resume" if (out_dir / "ckpt.pt").exists() else "scratch", **changes)
-        wait_for(process, "step ")
-        try:
-            process.wait(random.random())
-        except subprocess.TimeoutExpired:
-            process.kill()
-            killed += 1
+        wait_for(process, f"iter {iteration}:")
+        time.sleep(random.random() / 20)
+        process.kill()
         process.communicate()
-        assert process.returncode != 0, "it ended before it was killed often enough"
-    assert not (out_dir / "ckpt.pt").exists() or load(out_dir)["iter_num"] < 150
+    assert load(out_dir)["iter_num"] < 150
     finished = train(bins, out_dir, init_from="resume", **changes)
     assert finished.returncode == 0, finished.stderr
     assert_same_run(tmp_path / "whole", out_dir)
@@ -272,10 +270,10 @@ def test_the_summary_tells_the_run(bins, tmp_path):
     assert load(tmp_path, "best.pt")["iter_num"] == best
 
 
-def torchrun(processes, bins, out_dir, **changes):
+def torchrun(processes, bins, out_dir, script=ROOT / "train.py", **changes):
     settings = {**TINY, "dataset": bins, "out_dir": out_dir, **changes}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [ROOT / "train.py", *(f"--{key}={value}" for key, value in settings.items())]
+    command += [script, *(f"--{key}={value}" for key, value in settings.items())]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
@@ -296,6 +294,23 @@ def test_many_processes_train_as_one(bins, undisturbed, tmp_path, processes):
 def test_a_batch_that_cannot_be_shared_is_refused(bins, tmp_path):
     result = torchrun(3, bins, tmp_path)
     assert result.returncode != 0 and "cannot be shared by 3 processes" in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the names of threads are read from Linux's /proc")
+def test_no_thread_of_the_group_outlives_the_run(bins, tmp_path):
+    """One that lets go of a tensor while Python is being shut down aborts the process: seen once in many runs."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+        "threads = lambda: [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "during, save = [], train.save\n"
+        "train.save = lambda *arguments: (during.extend(threads()), save(*arguments))\n"
+        "train.main(sys.argv[1:])\n"
+        "print('threads', 'gloo' in str(during), 'gloo' in str(threads()), file=sys.stderr)\n"
+    )
+    result = torchrun(2, bins, tmp_path / "out", script, max_iters=3)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("threads True False") == 2, result.stderr
 
 
 def test_any_signal_stops_all_processes(bins, tmp_path):
