@@ -1,4 +1,4 @@
-# A GPT small enough for `make demo` on a CPU: three to four minutes on two cores, from a loss of 10.8 to under 5.
+# A GPT small enough for `make demo` on a CPU: about four minutes on two cores, from a loss of 10.8 to under 5.
 
 out_dir = "out-demo"
 eval_interval = 200
