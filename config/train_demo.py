@@ -1,4 +1,4 @@
-# A GPT small enough for `make demo` on a CPU: about four minutes on two cores, from a loss of 10.8 to under 5.
+# A GPT small enough for `make demo` on a CPU: about four minutes on two cores, from a loss of 10.8 to under 4.5.
 
 out_dir = "out-demo"
 eval_interval = 200
@@ -14,11 +14,15 @@ n_layer = 4
 n_head = 4
 n_embd = 64
 
-learning_rate = 4e-3  # small models bear large steps
+# Muon, and a trapezoid: with AdamW at its best rate of 4e-3 and a cosine the loss ends 0.4 higher.
+optimizer = "muon"
+learning_rate = 0.02  # Muon's, for the matrices of the blocks
+embedding_lr = 1e-2  # AdamW's: small models bear large steps
+beta2 = 0.95
 max_iters = 1200
-warmup_iters = 40
+warmup_iters = 0
+warmdown_iters = 840  # constant until here from the end, then linear to nothing
 lr_decay_iters = 1200
-min_lr = 4e-4
-beta2 = 0.99
+min_lr = 0.0
 
 compile = False  # it would gain nothing at this size, and take a minute
