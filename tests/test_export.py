@@ -178,6 +178,7 @@ def test_tokens_of_odd_text_are_tiktokens(folder):
 
 def test_the_card_sums_the_training_up(tmp_path, monkeypatch, capsys):
     config = {"dataset": "/data/my_web", "batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-4}
+    config |= {"optimizer": "muon", "embedding_lr": 0.01, "head_lr": 0.0}
     save(tmp_path, config=config, iter_num=1000, best_val_loss=3.25)
     records = [{"iter": 500, "val_loss": 3.25, "elapsed_s": 50}, {"iter": 1000, "val_loss": 3.5, "elapsed_s": 3725.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -185,6 +186,7 @@ def test_the_card_sums_the_training_up(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     card = (tmp_path / "my-gpt" / "README.md").read_text()
     facts = ["my_web", "1,000 of 384 tokens, 384,000 in all", "3.5000 nats", "best val loss | 3.2500", "1h 02m"]
+    facts += ["| optimizer muon, learning_rate 0.0005, embedding_lr 0.01 |"]
     assert [fact for fact in facts if fact not in card] == []
     assert "# my-gpt" in card and str(tmp_path) not in card
     code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("max_new_tokens=100", "max_new_tokens=3")
