@@ -3,11 +3,11 @@ How fast a config trains here, and how much memory it takes; side by side with a
 
     python bench.py config/train_fineweb_4070.py
     python bench.py config/train_fineweb_4070.py --vram_limit_gb=12 --peer=../nanoGPT --save=benchmarks/train_h100.json
-    python bench.py config/train_demo.py --peer=../nanoGPT                        # tries it on a CPU
+    python bench.py config/train_demo.py --optimizer=adamw --peer=../nanoGPT      # tries it on a CPU
 
-Each measurement is a process of its own, ours and the peer's in turn. Both compile, use fused AdamW, the same shape,
-number format and data, and start with batch_size windows, made fewer until a step and an evaluation fit. The peer has
-GPT-2's architecture and AdamW, whatever the config says.
+Each measurement is a process of its own, ours and the peer's in turn. Both compile where the config does, have the same
+shape, number format and data, and start with batch_size windows, made fewer until a step and an evaluation fit. The
+peer has GPT-2's architecture and fused AdamW, whatever the config says.
 """
 
 import contextlib

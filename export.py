@@ -215,9 +215,9 @@ def model_card(name: str, checkpoint: dict, records: list[dict], model: GPT) -> 
         per_iter = config["gradient_accumulation_steps"] * config["batch_size"] * shape.block_size
         training["data"] = Path(config["dataset"]).name
         training["iterations"] = f"{iter_num:,} of {per_iter:,} tokens, {iter_num * per_iter:,} in all"
-        keys = "optimizer learning_rate embedding_lr head_lr min_lr warmup_iters warmdown_iters"
-        used = [key for key in f"{keys} weight_decay beta1 beta2 dropout".split() if config.get(key)]  # 0: without it
-        training["settings"] = ", ".join(f"{key} {config[key]}" for key in used)
+        keys = ("optimizer", "learning_rate", "embedding_lr", "head_lr", "min_lr", "warmup_iters", "warmdown_iters")
+        keys += ("weight_decay", "beta1", "beta2", "dropout")
+        training["settings"] = ", ".join(f"{key} {config[key]}" for key in keys if config.get(key))  # 0: without it
     evals = [record for record in records if "val_loss" in record and record["iter"] <= iter_num]
     if evals:
         training["val loss"] = f"{evals[-1]['val_loss']:.4f} nats per token at iteration {evals[-1]['iter']:,}"

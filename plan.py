@@ -15,9 +15,9 @@ from words import duration
 
 GB = 1e9
 # Beside the matrix products, which grow with the width squared, a step has work that grows with the width. So training
-# reaches n_embd / (n_embd + NARROW) of the products' speed. Fitted on two CPU cores, where widths of 64, 128, 256 and
-# 512 reach 37, 53, 64, 80 % in float32 and 15, 27, 38, 51 % in bfloat16. That makes 67 % of 768 in bfloat16; on the
-# RTX 4070, rated at 58 TFLOP/s, nanoGPT was reported to reach 48 %, nanochat 84 %.
+# reaches about n_embd / (n_embd + NARROW) of the products' speed, fitted to widths of 64 to 512 on a CPU: see
+# benchmarks/LOG.md. For 768 in bfloat16 it gives 67 %, where that CPU reached 57 %; on the RTX 4070, rated at 58
+# TFLOP/s, nanoGPT was reported to reach 48 %, nanochat 84 %.
 NARROW = {"float32": 120, "bfloat16": 370, "float16": 370}
 RESERVE = 0.7 * GB  # bytes beside the tensors, assumed: the CUDA context, and what the allocator cannot use
 

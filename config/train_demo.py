@@ -14,7 +14,7 @@ n_layer = 4
 n_head = 4
 n_embd = 64
 
-# Muon, and a trapezoid: with AdamW at its best rate of 4e-3 and a cosine the loss ends 0.4 higher.
+# Muon, and a trapezoid: with AdamW at 4e-3 and a cosine the loss ends 0.4 higher (benchmarks/LOG.md).
 optimizer = "muon"
 learning_rate = 0.02  # Muon's, for the matrices of the blocks
 embedding_lr = 1e-2  # AdamW's: small models bear large steps
