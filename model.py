@@ -4,6 +4,8 @@ follow OpenAI's GPT-2 (https://github.com/openai/gpt-2/blob/master/src/model.py)
 "nanochat" is what was learnt since, and computes what transformers' NanoChatForCausalLM does: rotary positions
 (arXiv:2104.09864), normalised queries and keys (arXiv:2010.04245), ReLU squared (arXiv:2109.08668), RMSNorm without
 gains (arXiv:1910.07467), a norm after the embedding, a head of its own, a softcap on the logits (arXiv:2408.00118).
+"qwen3" computes what transformers' Qwen3ForCausalLM does: rotary positions, queries and keys normalised with gains,
+SwiGLU (arXiv:2002.05202), RMSNorm with gains, a head of its own.
 """
 
 import math
@@ -15,10 +17,10 @@ from torch.nn import functional as F
 
 from loss import linear_cross_entropy, soft_cap
 
-ARCHITECTURES = ("gpt2", "nanochat")
+ARCHITECTURES = ("gpt2", "nanochat", "qwen3")
 SOFTCAP = 15.0  # nanochat's logits stay between -15 and 15
 ROTARY_BASE = 10000.0
-NORM_EPS = 1e-6  # of nanochat's RMSNorm
+NORM_EPS = 1e-6  # of RMSNorm, in nanochat and Qwen3
 
 
 @dataclass
@@ -32,7 +34,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm, as in GPT-2; False is a little better and faster
-    architecture: str = "gpt2"  # or "nanochat"
+    architecture: str = "gpt2"  # or "nanochat", "qwen3"
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -52,8 +54,15 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {' or '.join(map(repr, ARCHITECTURES))}, not '{self.architecture}'")
-        if self.architecture == "nanochat" and (self.bias or self.n_embd // self.n_head % 2):
-            raise ValueError("the nanochat architecture needs bias=False and an even width of each head")
+        if self.architecture != "gpt2" and (self.bias or self.n_embd // self.n_head % 2):
+            raise ValueError(f"the {self.architecture} architecture needs bias=False and an even width of each head")
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm over the last dimension, with gains in the number format of what it normalises."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.type_as(x), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -71,7 +80,11 @@ class LayerNorm(nn.Module):
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.architecture == "gpt2":
         return LayerNorm(config.n_embd, bias=config.bias)
-    return nn.RMSNorm(config.n_embd, eps=NORM_EPS, elementwise_affine=False)
+    return make_rms_norm(config, config.n_embd)
+
+
+def make_rms_norm(config: GPTConfig, size: int) -> nn.Module:
+    return RMSNorm(size, eps=NORM_EPS, elementwise_affine=config.architecture == "qwen3")
 
 
 def rotary_angles(positions, head_size: int):
@@ -117,9 +130,9 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.qk_norm = None
-        if config.architecture == "nanochat":
-            self.qk_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=NORM_EPS, elementwise_affine=False)
+        self.q_norm = self.k_norm = None
+        if config.architecture != "gpt2":
+            self.q_norm, self.k_norm = (make_rms_norm(config, config.n_embd // config.n_head) for _ in range(2))
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -127,8 +140,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, angles=None, past=None):
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
-        if self.qk_norm is not None:
-            q, k = self.qk_norm(q), self.qk_norm(k)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:  # after the norm, which it leaves as it is: one tensor less to keep for the gradient
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # each (B, n_head, T, head_size)
@@ -142,6 +155,21 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU, 8/3 times as wide, so that it has as many parameters as an MLP of four times the width."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        width = -(-8 * config.n_embd // (3 * 64)) * 64
+        self.c_gate = nn.Linear(config.n_embd, width, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, width, bias=False)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
 
 
 class MLP(nn.Module):
@@ -166,7 +194,7 @@ class Block(nn.Module):
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config) if config.architecture == "qwen3" else MLP(config)
 
     def forward(self, x, angles=None, past=None):
         x = x + self.attn(self.ln_1(x), angles, past)
@@ -184,7 +212,7 @@ class GPT(nn.Module):
                 **(
                     dict(wpe=nn.Embedding(config.block_size, config.n_embd))
                     if is_gpt2
-                    else dict(ln_0=make_norm(config))
+                    else dict(ln_0=make_norm(config) if config.architecture == "nanochat" else nn.Identity())
                 ),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
@@ -194,7 +222,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if is_gpt2:
             self.transformer.wte.weight = self.lm_head.weight  # tied
-        self.softcap = 0.0 if is_gpt2 else SOFTCAP
+        self.softcap = SOFTCAP if config.architecture == "nanochat" else 0.0
         self.init_weights()
 
     def init_weights(self):
@@ -248,6 +276,8 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(positions)
         else:
             x, angles = self.transformer.ln_0(x), rotary_angles(positions, self.config.n_embd // self.config.n_head)
+            if self.config.architecture == "qwen3":
+                angles = (angles[0], -angles[1])  # it rotates the other way
         x = self.transformer.drop(x)
         pasts = [None] * self.config.n_layer if cache is None else cache.at(positions)
         for block, past in zip(self.transformer.h, pasts):

@@ -35,7 +35,7 @@ def parameter_groups(model: GPT, config: TrainConfig) -> list[dict]:
     """
     groups = {
         "matrices": {"lr": config.learning_rate, "weight_decay": config.weight_decay},
-        "vectors": {"lr": config.learning_rate, "weight_decay": 0.0},
+        "vectors": {"lr": config.vector_lr or config.learning_rate, "weight_decay": 0.0},
         "embedding": {"lr": config.embedding_lr, "weight_decay": 0.0},
         "head": {"lr": config.head_lr, "weight_decay": 0.0},
     }

@@ -41,12 +41,13 @@ class TrainConfig:
     n_embd: int = setting(768, "width")
     dropout: float = setting(0.0, "0 for pretraining, 0.1 or more for finetuning")
     bias: bool = setting(False, "bias in LayerNorm and Linear, as GPT-2 has")
-    architecture: str = setting("gpt2", "'gpt2' or 'nanochat', what was learnt since (see model.py)")
+    architecture: str = setting("gpt2", "'gpt2', or what was learnt since: 'nanochat' or 'qwen3' (see model.py)")
     # optimizer
     optimizer: str = setting("adamw", "'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest")
     learning_rate: float = setting(6e-4, "peak learning rate")
     embedding_lr: float = setting(0.0, "peak learning rate of the embeddings; 0: as the rest")
     head_lr: float = setting(0.0, "peak learning rate of a head that is not the embedding; 0: as the rest")
+    vector_lr: float = setting(0.0, "peak learning rate of gains and biases (AdamW's); 0: as the rest")
     max_iters: int = setting(600000, "iterations in all")
     weight_decay: float = setting(1e-1, "on matrices; not on embeddings and head with their own learning rate")
     beta1: float = setting(0.9, "AdamW's")
@@ -68,7 +69,7 @@ class TrainConfig:
         positive = "eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size max_iters"
         problems = [f"{key} must be at least 1" for key in positive.split() if getattr(self, key) < 1]
         not_negative = "learning_rate weight_decay grad_clip warmup_iters min_lr plan_vram_gb plan_tflops vram_limit_gb"
-        not_negative += " early_stop_patience early_stop_min_delta embedding_lr head_lr warmdown_iters"
+        not_negative += " early_stop_patience early_stop_min_delta embedding_lr head_lr vector_lr warmdown_iters"
         problems += [f"{key} must not be negative" for key in not_negative.split() if getattr(self, key) < 0]
         problems += [f"{key} must be in [0, 1)" for key in ("beta1", "beta2") if not 0 <= getattr(self, key) < 1]
         if not 0 <= self.seed < 2**32:

@@ -18,7 +18,7 @@ def without(part: str, model: GPT) -> GPT:
         model.transformer.ln_0 = nn.Sequential(LearnedPositions(model.config), model.transformer.ln_0)
     elif part == "qk_norm":
         for block in blocks:
-            block.attn.qk_norm = None
+            block.attn.q_norm = block.attn.k_norm = None
     elif part == "relu_squared":
         for block in blocks:
             block.mlp.activation = F.gelu

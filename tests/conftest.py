@@ -88,6 +88,44 @@ def nanochat_of(checkpoint):
     return model
 
 
+def qwen3_names(weights):
+    """Our qwen3 tensors by the names that transformers has for them."""
+    named = {
+        "model.embed_tokens.weight": weights["transformer.wte.weight"],
+        "model.norm.weight": weights["transformer.ln_f.weight"],
+        "lm_head.weight": weights["lm_head.weight"],
+    }
+    theirs = {
+        "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.q_norm": "self_attn.q_norm",
+        "attn.k_norm": "self_attn.k_norm", "attn.c_proj": "self_attn.o_proj", "mlp.c_gate": "mlp.gate_proj",
+        "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
+    }  # fmt: skip
+    for name, value in weights.items():
+        layer = re.match(r"transformer\.h\.(\d+)\.(.*)\.weight", name)
+        if layer and layer[2] == "attn.c_attn":
+            for part, rows in zip("qkv", value.chunk(3)):
+                named[f"model.layers.{layer[1]}.self_attn.{part}_proj.weight"] = rows
+        elif layer:
+            named[f"model.layers.{layer[1]}.{theirs[layer[2]]}.weight"] = value
+    return named
+
+
+def qwen3_of(checkpoint):
+    """transformers' Qwen3 with the weights of one of our checkpoints."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    args = checkpoint["model_args"]
+    config = Qwen3Config(
+        vocab_size=args["vocab_size"], max_position_embeddings=args["block_size"], hidden_size=args["n_embd"],
+        intermediate_size=len(checkpoint["model"]["transformer.h.0.mlp.c_fc.weight"]),
+        num_hidden_layers=args["n_layer"], num_attention_heads=args["n_head"], num_key_value_heads=args["n_head"],
+        head_dim=args["n_embd"] // args["n_head"], rms_norm_eps=1e-6, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.load_state_dict(qwen3_names(checkpoint["model"]))
+    return model
+
+
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "gradient_accumulation_steps": 2,
     "max_iters": 45, "lr_decay_iters": 45, "warmup_iters": 5, "learning_rate": 1e-2, "min_lr": 1e-3,

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import assert_one_sentence, gpt2_of, nanochat_names, nanochat_of, run
+from conftest import assert_one_sentence, gpt2_of, nanochat_names, nanochat_of, qwen3_names, qwen3_of, run
 from transformers import GPT2Config, GPT2LMHeadModel, NanoChatConfig, NanoChatForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -74,17 +74,34 @@ def test_loss_and_every_gradient_equal_transformers(bias):
         assert (parameter.grad - grad).norm() <= 1e-5 * grad.norm(), name
 
 
-# ---- the nanochat architecture
+# ---- the modern architectures
+
+REFERENCES = {"nanochat": (nanochat_of, nanochat_names), "qwen3": (qwen3_of, qwen3_names)}
 
 
-def nanochat_pair():
-    """Our model and transformers' NanoChat, in float32 as its norms are, with the same random weights."""
+def modern_pair(architecture):
+    """Our model and transformers', in float32 as its norms are, with the same random weights."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPE, bias=False, architecture="nanochat"))
+    model = GPT(GPTConfig(**SHAPE, bias=False, architecture=architecture))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model, nanochat_of({"model_args": asdict(model.config), "model": model.state_dict()})
+    reference_of, _ = REFERENCES[architecture]
+    return model, reference_of({"model_args": asdict(model.config), "model": model.state_dict()})
+
+
+def nanochat_pair():
+    return modern_pair("nanochat")
+
+
+def test_qwen3_logits_equal_transformers():
+    model, reference = modern_pair("qwen3")
+    idx = torch.randint(61, (2, 16))
+    expected = reference(idx).logits
+    assert expected.abs().max() > 5
+    # float32 rounds at 6e-8 of logits of size 10, some hundred additions deep
+    torch.testing.assert_close(model.lm_head(model.hidden(idx)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(idx)[0], expected[:, [-1]], rtol=0, atol=1e-5)
 
 
 def test_nanochat_logits_equal_transformers():
@@ -97,17 +114,18 @@ def test_nanochat_logits_equal_transformers():
     torch.testing.assert_close(model(idx)[0], expected[:, [-1]], rtol=0, atol=1e-4)
 
 
-def test_nanochat_loss_and_every_gradient_equal_transformers():
-    model, reference = nanochat_pair()
+@pytest.mark.parametrize("architecture", ["nanochat", "qwen3"])
+def test_modern_loss_and_every_gradient_equal_transformers(architecture):
+    model, reference = modern_pair(architecture)
     idx = torch.randint(61, (2, 17))
     expected = torch.nn.functional.cross_entropy(reference(idx[:, :-1]).logits.flatten(0, 1), idx[:, 1:].flatten())
     _, loss = model(idx[:, :-1], idx[:, 1:])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
     expected.backward()
-    ours = nanochat_names({name: p.grad for name, p in model.named_parameters()})
+    ours = REFERENCES[architecture][1]({name: p.grad for name, p in model.named_parameters()})
     for name, parameter in reference.named_parameters():
-        assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+        assert (ours[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
 
 
 def test_nanochat_starts_as_the_uniform_guess():
@@ -247,7 +265,7 @@ def test_sizes_below_one_are_refused(key):
 
 
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(ValueError, match="architecture is 'gpt2' or 'nanochat', not 'llama'"):
+    with pytest.raises(ValueError, match="architecture is 'gpt2' or 'nanochat' or 'qwen3', not 'llama'"):
         GPTConfig(architecture="llama")
 
 

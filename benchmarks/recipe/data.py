@@ -1,0 +1,59 @@
+"""
+Makes the data of the recipe proxy: parquet files as ids of a vocabulary of 4,096.
+
+    python benchmarks/recipe/data.py --train=FILE.parquet --val=FILE.parquet --out_dir=FOLDER
+
+The vocabulary is GPT-2's first 4,095 ranks and end-of-text: a prefix of the ranks of a byte pair encoding is one too.
+With it the embeddings do not outweigh a small model's blocks, which can then be trained to the end on a CPU.
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from pyarrow import parquet
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from configurator import configure, setting
+from tokenizer import PATTERN, read_ranks
+
+VOCAB_SIZE = 4096
+END_OF_TEXT = VOCAB_SIZE - 1
+
+
+@dataclass
+class DataConfig:
+    train: str = setting("", "parquet file to train on")
+    val: str = setting("", "parquet file to validate on")
+    out_dir: str = setting("", "folder for train.bin, val.bin and meta.json")
+
+
+def main(arguments: list[str]):
+    config = configure(DataConfig, arguments, __doc__)
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for split, source in (("train", config.train), ("val", config.val)):
+        ids = encode(parquet.read_table(source, columns=["text"]).column(0).to_pylist())
+        ids.tofile(out_dir / f"{split}.bin")
+        print(f"{out_dir / split}.bin: {len(ids):,} tokens")
+    (out_dir / "meta.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}) + "\n")
+
+
+def encode(documents: list[str]) -> np.ndarray:
+    """The ids of all documents, each followed by end-of-text: little-endian uint16, shape (tokens,)."""
+    ranks = {token: rank for token, rank in read_ranks().items() if rank < END_OF_TEXT}
+    encoding = tiktoken.Encoding("gpt2-4096", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    def encode_one(text: str) -> np.ndarray:
+        return np.append(encoding.encode_to_numpy(text), END_OF_TEXT).astype("<u2")
+
+    with ThreadPoolExecutor(2) as pool:
+        return np.concatenate(list(pool.map(encode_one, filter(None, documents))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,141 @@
+"""
+Trains one row of the recipe proxy to its end, and appends what it measured to benchmarks/recipe/results.jsonl.
+
+    python benchmarks/recipe/run.py muon-qwen3 --dataset=FOLDER
+    python benchmarks/recipe/run.py muon-qwen3 --dataset=FOLDER --learning_rate=0.01 --seed=1338
+    python benchmarks/recipe/run.py muon-nanochat --dataset=FOLDER --softcap=false --tokens=4000000
+
+FOLDER is what benchmarks/recipe/data.py made. A row is a model of 4 layers, 128 wide, that sees 256 tokens, trained on
+4,096 tokens an iteration, in bfloat16 (--dtype=float32 for a CPU without its instructions). Any setting of train.py
+changes it.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# glibc gives the memory of the logits back to the system and fetches it again, which takes longer than the arithmetic.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**33),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ |= {**KEEP_MEMORY, "GOMP_SPINCOUNT": "10000"}
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import torch
+from torch.nn import functional as F
+
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import trainer as trainer_module
+from backend import choose_device, choose_dtype
+from configurator import configure, setting
+from machine import commit, cpu_name
+from model import GPT
+from optimizer import schedule
+from ranks import Ranks
+from train_config import TrainConfig
+
+SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "block_size": 256, "batch_size": 16, "dtype": "bfloat16"}
+MODERN = {"embedding_lr": 0.1, "head_lr": 6e-3, "beta1": 0.8, "weight_decay": 0.0, "warmdown": 0.7}
+ADAMW = {"learning_rate": 2e-3, "vector_lr": 0.0}
+MUON = {"optimizer": "muon", "learning_rate": 0.02, "vector_lr": 0.015}
+ROWS = {
+    "adamw-gpt2": {**ADAMW, "warmup": 0.05, "weight_decay": 0.1},
+    "muon-gpt2": {**MUON, "embedding_lr": 2e-3, "weight_decay": 0.0, "warmdown": 0.7},
+    **{f"adamw-{name}": {"architecture": name, **MODERN, **ADAMW} for name in ("nanochat", "qwen3")},
+    **{f"muon-{name}": {"architecture": name, **MODERN, **MUON} for name in ("nanochat", "qwen3")},
+}
+RATES = ("learning_rate", "embedding_lr", "head_lr", "vector_lr")
+EVALS, EVAL_ITERS, LAST_EVAL_ITERS = 8, 4, 32  # evaluations in a run and their size, the last one larger
+
+
+@dataclass
+class RecipeConfig(TrainConfig):
+    tokens: int = setting(16_000_000, "tokens to train on: 20 for each parameter of the blocks")
+    rates: float = setting(1.0, "factor of all peak learning rates")
+    warmup: float = setting(0.0, "warmup_iters as a share of max_iters")
+    warmdown: float = setting(0.0, "warmdown_iters as a share of max_iters; 0: cosine down to a tenth")
+    softcap: bool = setting(True, "nanochat's softcap on the logits")
+    z_loss: float = setting(0.0, "weight of the mean squared log of the softmax's denominator, added in training")
+    save: str = setting(str(Path(__file__).with_name("results.jsonl")), "the file that the run is appended to")
+
+
+def main(arguments: list[str]):
+    name = arguments[0] if arguments else ""
+    if name not in ROWS:
+        raise SystemExit(f"the first argument is one of: {', '.join(ROWS)}")
+    defaults = {"gradient_accumulation_steps": 1, "beta2": 0.95, **SHAPE, **ROWS[name]}
+    config = configure(RecipeConfig, [f"--{key}={value}" for key, value in defaults.items()] + arguments[1:], __doc__)
+    iters = config.tokens // config.tokens_per_iter
+    config = dataclasses.replace(
+        config,
+        **{key: config.rates * getattr(config, key) for key in RATES},
+        max_iters=iters,
+        lr_decay_iters=iters,
+        warmup_iters=round(config.warmup * iters),
+        warmdown_iters=round(config.warmdown * iters),
+        min_lr=0.0 if config.warmdown else config.rates * config.learning_rate / 10,
+    )
+    changes = " ".join(a for a in arguments[1:] if not a.startswith(("--dataset", "--tokens", "--save", "--seed")))
+    result = {"row": name, "changes": changes, "seed": config.seed, "tokens": iters * config.tokens_per_iter}
+    print(json.dumps(result), flush=True)
+    result |= run(config)
+    result |= {"commit": commit(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    with open(config.save, "a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def run(config: RecipeConfig) -> dict:
+    """Trains, and returns the val loss at each number of tokens, and the median seconds of an iteration."""
+    device = choose_device(config.device)
+    trainer_module.GPT = lambda shape: change(GPT(shape), config)
+    trainer = trainer_module.Trainer(config, device, choose_dtype(config.dtype, device), Ranks())
+    losses, seconds, started = [], [], time.monotonic()
+    due = {round(share * config.max_iters / EVALS) for share in range(1, EVALS + 1)}
+    for i in range(1, config.max_iters + 1):
+        begun = time.perf_counter()
+        trainer.step(schedule(config, i - 1))
+        seconds.append(time.perf_counter() - begun)
+        if i in due:
+            config.eval_iters = EVAL_ITERS if i < config.max_iters else LAST_EVAL_ITERS
+            losses.append((i * config.tokens_per_iter, round(trainer.evaluate(trainer.val_tokens), 4)))
+            print(f"iter {i}: val loss {losses[-1][1]:.4f}, {time.monotonic() - started:.0f}s", flush=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "val_loss": losses,
+        "s_per_iter": round(statistics.median(seconds), 4),
+        "machine": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def change(model: GPT, config: RecipeConfig) -> GPT:
+    """The model without its softcap, or with a z-loss (arXiv:2204.02311), where the settings say so."""
+    if not config.softcap:
+        model.softcap = 0.0
+    if config.z_loss:
+        whole = model.forward
+
+        def forward(idx, targets=None):
+            if not model.training:
+                return whole(idx, targets)
+            logits = model.lm_head(model.hidden(idx)).flatten(0, 1).float()
+            return None, F.cross_entropy(logits, targets.flatten()) + config.z_loss * logits.logsumexp(
+                -1
+            ).square().mean()
+
+        model.forward = forward
+    return model
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
