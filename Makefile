@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/run
-	$(BIN)/python make_demo_parquet.py
+	$(BIN)/python -m onenight.make_demo
 	$(BIN)/python prepare_single_parquet.py data/demo/train --out_dir=data/demo --val_fraction=0.02 --overwrite
 	rm -rf out-demo
 	$(BIN)/python train.py config/train_demo.py

@@ -1,5 +1,5 @@
 """
-Writes a model as a Hugging Face folder, which transformers and the tools around it open without code of this project.
+Writes a model as a Hugging Face folder, which transformers and other tools open without this project's code.
 
     python export.py --out_dir=out-fineweb-single-parquet --export_dir=my-gpt2
     python export.py --init_from=out-fineweb-single-parquet/best.pt --export_dir=my-gpt2
@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from onenight.files import duration, make_folder, rename, replacing
+from onenight.metrics import read_metrics
+from onenight.pretrained import GPT2_NAMES, build_model, resolve_checkpoint, transpose
+from onenight.tokenizer import EOT, EOT_TEXT, VOCAB_SIZE, get_encoding
+
 import torch
 
 from configurator import configure, setting
-from files import make_folder, rename, replacing
-from metrics import read_metrics
 from model import GPT, NORM_EPS, ROTARY_BASE
-from pretrained import GPT2_NAMES, build_model, load_weights, transpose
-from tokenizer import EOT, EOT_TEXT, VOCAB_SIZE, get_encoding
-from words import duration
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are visible characters in Latin-1
 UNPRINTABLE = {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in PRINTABLE)}
@@ -56,10 +56,8 @@ Made with One-night GPT.
 @dataclass
 class ExportConfig:
     init_from: str = setting("resume", "'resume': the latest checkpoint of out_dir; or a *.pt file")
-    out_dir: str = setting(
-        "out", "folder of the ckpt.pt to export, and of the metrics.jsonl that the card is made from"
-    )
-    export_dir: str = setting("", "the folder to write, which must not exist")
+    out_dir: str = setting("out", "folder of the ckpt.pt to export, and of metrics.jsonl for the model card")
+    export_dir: str = setting("", "the folder to write, which must not exist yet")
 
     def __post_init__(self):
         if not self.export_dir:
@@ -73,7 +71,7 @@ def main(arguments: list[str]):
         raise SystemExit(f"{target} exists already; delete it, or choose another --export_dir")
     resume = config.init_from == "resume"
     run_dir = Path(config.out_dir) if resume else Path(config.init_from).parent
-    checkpoint = load_weights(config.init_from, run_dir)
+    checkpoint = resolve_checkpoint(config.init_from, run_dir)
     model = build_model(checkpoint, config.out_dir if resume else config.init_from)
     is_gpt2 = model.config.architecture == "gpt2"
     files = {
@@ -104,7 +102,7 @@ def gpt2_config(model: GPT) -> dict:
 
 
 def gpt2_weights(model: GPT) -> dict:
-    """By transformers' names. Biases that the model lacks are zeros; rows that only pad the vocabulary go."""
+    """The tensors by transformers' names, with zeros for missing biases, without the padding of the ids."""
     weights = model.state_dict()
     del weights["lm_head.weight"]  # the embeddings once more
     embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
@@ -134,7 +132,7 @@ def nanochat_config(model: GPT) -> dict:
 
 
 def nanochat_weights(model: GPT) -> dict:
-    """By transformers' names; rows that only pad the vocabulary go."""
+    """The tensors by transformers' names, without the padding of the ids."""
     weights = {
         "model.embed_tokens.weight": model.transformer.wte.weight[:VOCAB_SIZE],
         "lm_head.weight": model.lm_head.weight[:VOCAB_SIZE],
@@ -153,12 +151,12 @@ def to_safetensors(weights: dict) -> bytes:
     try:
         from safetensors.torch import save
     except ImportError:
-        raise SystemExit("exporting needs the package safetensors: pip install safetensors")
+        raise SystemExit("exporting needs the package safetensors (pip install safetensors)")
     return save(weights, metadata={"format": "pt"})
 
 
 def tokenizer_files(block_size: int) -> dict[str, bytes]:
-    """GPT-2's tokenizer: tokenizer.json for today's tools, OpenAI's own two files for older ones."""
+    """GPT-2's tokenizer: tokenizer.json for current tools, OpenAI's own two files for older ones."""
     tokens = [get_encoding().decode_single_token_bytes(token) for token in range(EOT)]
     vocab = {spell(token): rank for rank, token in enumerate(tokens)} | {EOT_TEXT: EOT}
     merges = [[spell(part) for part in pair] for pair in find_merges(tokens)]
@@ -189,8 +187,8 @@ def tokenizer_files(block_size: int) -> dict[str, bytes]:
 
 def find_merges(tokens: list[bytes]) -> Iterator[list[bytes]]:
     """
-    The two parts that each token was merged from, in the order of the merges, given the tokens by rank: what byte pair
-    encoding makes of its bytes when all but the last merge are done.
+    Yields the two parts that each token was merged from, in the order of the merges, given the tokens by rank: byte
+    pair encoding applied to its bytes, up to the last merge.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     for token in tokens:
@@ -203,12 +201,12 @@ def find_merges(tokens: list[bytes]) -> Iterator[list[bytes]]:
 
 
 def spell(token: bytes) -> str:
-    """The bytes as GPT-2's files spell them: printable ones as in Latin-1, the others from U+0100 on."""
+    """The bytes as GPT-2's files write them: printable ones as in Latin-1, the others from U+0100 on."""
     return token.decode("latin-1").translate(UNPRINTABLE)
 
 
 def model_card(name: str, checkpoint: dict, records: list[dict], model: GPT) -> str:
-    """README.md: what the model is, how it was trained as far as checkpoint and metrics tell, and how to load it."""
+    """README.md: the model, how it was trained according to checkpoint and metrics, and how to load it."""
     shape, config, iter_num = model.config, checkpoint.get("config", {}), checkpoint.get("iter_num", 0)
     training = {}
     if {"dataset", "batch_size", "gradient_accumulation_steps"} <= config.keys():
@@ -239,18 +237,18 @@ def to_json(value: dict) -> bytes:
 
 
 def write_folder(target: Path, files: dict[str, bytes]):
-    """Writes the files beside, and then gives the folder its name. Raises SystemExit if they cannot be written."""
-    beside = target.with_name(target.name + ".partial")
-    make_folder(beside)
+    """Writes the files to a temporary folder, then renames it. Raises SystemExit if they cannot be written."""
+    temporary = target.with_name(target.name + ".partial")
+    make_folder(temporary)
     try:
         for name, content in files.items():
-            with replacing(beside / name) as file:
+            with replacing(temporary / name) as file:
                 file.write(content)
-        rename(beside, target)
+        rename(temporary, target)
     except OSError as error:
         raise SystemExit(f"{target}: cannot be written ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loss import linear_cross_entropy, soft_cap
-
 ARCHITECTURES = ("gpt2", "nanochat", "qwen3")
 SOFTCAP = 15.0  # nanochat's logits stay between -15 and 15
 ROTARY_BASE = 10000.0
+IGNORED = -1  # a target that takes no part in the loss
+CHUNK_ROWS = 1024  # x 50,304 logits: 0.2 GB in float32; the fastest of 160 to 2048 rows on a CPU
 NORM_EPS = 1e-6  # of RMSNorm, in nanochat and Qwen3
 
 
@@ -102,32 +102,40 @@ def rotate(x, angles):
 
 class KVCache:
     """
-    What attention remembers of the tokens that a model has read, in memory set aside once: for each layer the keys and
-    the values, both (B, n_head, slots, head_size). A token's slot is its position.
+    The keys and values of the tokens that a model has read, in memory allocated once: for each layer two tensors
+    (B, n_head, slots, head_size). A token's slot is its position.
     """
 
-    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]]):
-        self.layers = layers
+    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], positions=None):
+        self.layers, self.positions = layers, positions
+        if positions is not None:  # (T, slots): each token sees itself and those before
+            self.visible = torch.arange(layers[0][0].size(2), device=positions.device) <= positions[:, None]
 
     @classmethod
     def empty(cls, config: GPTConfig, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device):
         shape = (batch_size, config.n_head, slots, config.n_embd // config.n_head)
         return cls([tuple(torch.zeros(2, *shape, dtype=dtype, device=device)) for _ in range(config.n_layer)])
 
-    def part(self, rows: int, slots: int) -> "KVCache":
-        """Its first rows and slots: the same memory, and less of it to look through."""
+    def view(self, rows: int, slots: int) -> "KVCache":
+        """Its first rows and slots: the same memory, and less of it to attend to."""
         return KVCache([(keys[:rows, :, :slots], values[:rows, :, :slots]) for keys, values in self.layers])
 
-    def at(self, positions) -> list[tuple]:
-        """What each layer takes to read tokens at `positions`, int64 (T,): the cache, where to write, what to see."""
-        slots = torch.arange(self.layers[0][0].size(2), device=positions.device)
-        visible = slots <= positions[:, None]  # (T, slots): each token sees itself and those before
-        return [(keys, values, positions, visible) for keys, values in self.layers]
+    def at(self, positions) -> "KVCache":
+        """The same memory, to be updated with tokens at `positions`, int64 (T,)."""
+        return KVCache(self.layers, positions)
+
+    def update(self, layer: int, k, v):
+        """Stores k and v, (B, n_head, T, head_size), at the positions. Returns all keys and values of the layer."""
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, self.positions, k)
+        values.index_copy_(2, self.positions, v)
+        return keys, values
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.q_norm = self.k_norm = None
@@ -137,7 +145,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, angles=None, past=None):
+    def forward(self, x, angles=None, cache=None):
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
         if self.q_norm is not None:
@@ -145,14 +153,12 @@ class CausalSelfAttention(nn.Module):
         if angles is not None:  # after the norm, which it leaves as it is: one tensor less to keep for the gradient
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # each (B, n_head, T, head_size)
-        if past is None:
+        if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, n_head, T, head_size)
         else:
-            keys, values, positions, visible = past
-            keys.index_copy_(2, positions, k)
-            values.index_copy_(2, positions, v)
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
+            keys, values = cache.update(self.layer, k, v)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=cache.visible)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -189,15 +195,15 @@ def relu_squared(x):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = make_norm(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = GatedMLP(config) if config.architecture == "qwen3" else MLP(config)
 
-    def forward(self, x, angles=None, past=None):
-        x = x + self.attn(self.ln_1(x), angles, past)
+    def forward(self, x, angles=None, cache=None):
+        x = x + self.attn(self.ln_1(x), angles, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -215,7 +221,7 @@ class GPT(nn.Module):
                     else dict(ln_0=make_norm(config) if config.architecture == "nanochat" else nn.Identity())
                 ),
                 drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 ln_f=make_norm(config),
             )
         )
@@ -279,7 +285,72 @@ class GPT(nn.Module):
             if self.config.architecture == "qwen3":
                 angles = (angles[0], -angles[1])  # it rotates the other way
         x = self.transformer.drop(x)
-        pasts = [None] * self.config.n_layer if cache is None else cache.at(positions)
-        for block, past in zip(self.transformer.h, pasts):
-            x = block(x, angles, past)
+        if cache is not None:
+            cache = cache.at(positions)
+        for block in self.transformer.h:
+            x = block(x, angles, cache)
         return self.transformer.ln_f(x)
+
+
+# ---- the loss, without the logits
+
+# For 16 x 1024 tokens and 50,304 ids the logits take 3.3 GB in float32, and their gradient as much again: that is what
+# does not fit in 12 GB. Computing the gradient in the forward pass, some rows at a time, needs neither and no extra
+# FLOPs. The idea is Liger-Kernel's fused linear cross entropy (arXiv:2410.10989); here it is plain PyTorch.
+
+
+def linear_cross_entropy(x, weight, targets, softcap: float = 0.0):
+    """
+    The mean cross entropy, in nats, of logits x @ weight.T against the targets that are not IGNORED; a float32 scalar
+    (float64 for float64). x: (N, C), weight: (V, C), targets: int64 (N,). With a softcap the logits are bent by
+    softcap * tanh(logits / softcap), as in Gemma 2 (arXiv:2408.00118). Under autocast the products run in its dtype
+    and the softmax in float32. Not to be differentiated twice.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return _LinearCrossEntropy.apply(x, weight, targets, softcap, torch.is_grad_enabled())
+
+
+def soft_cap(logits, softcap: float):
+    """The logits bent into (-softcap, softcap), in float32 at least; as they are without a softcap."""
+    if not softcap:
+        return logits
+    # softcap * tanh(logits / softcap), in the form that a CPU computes fastest
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return softcap * (2 * torch.sigmoid(logits.to(wide) * (2 / softcap)) - 1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, softcap, with_grad):
+        w = weight.to(x.dtype)
+        kept = targets != IGNORED
+        count = kept.sum()
+        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        grad_weight, grad_x = torch.zeros_like(weight) if with_grad else None, []
+        for rows in range(0, len(x), CHUNK_ROWS):
+            chunk, keep = x[rows : rows + CHUNK_ROWS], kept[rows : rows + CHUNK_ROWS, None]
+            target = targets[rows : rows + CHUNK_ROWS, None].clamp(min=0)
+            logits = soft_cap(chunk @ w.T, softcap)  # (CHUNK_ROWS, V)
+            largest, of_target = logits.amax(-1, keepdim=True), logits.gather(1, target)
+            p = torch.softmax(logits, -1, dtype=total.dtype)
+            # log sum exp = largest logit - log of its probability: no second pass of exponentials
+            loss = (largest.to(p.dtype) - of_target) - p.amax(-1, keepdim=True).log()
+            total += (loss * keep).sum()
+            if with_grad:
+                p.scatter_add_(1, target, torch.full_like(loss, -1.0))  # p - 1 at the target: the logits' gradient
+                if softcap:  # times the derivative of the bend, 1 - tanh ** 2, in the logits' own memory
+                    p.addcmul_(p, logits.div_(softcap).square_(), value=-1)
+                p = p.to(x.dtype)
+                grad_x.append((p @ w) * keep)
+                grad_weight += p.T @ (chunk * keep)
+        if with_grad:
+            ctx.save_for_backward(torch.cat(grad_x), grad_weight, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale = grad / count  # here and not above, where float16 would underflow: grad has the GradScaler's factor
+        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None

@@ -5,7 +5,7 @@ Turns FineWeb parquet files into data/fineweb/{train,val}.bin and meta.json.
     python prepare_single_parquet.py FILE_OR_FOLDER ... --out_dir=data/fineweb --val_fraction=0.005
 
 Each document becomes its GPT-2 ids and one end-of-text token; every 200th goes to val.bin. The bins are nanoGPT's:
-little-endian uint16 without a header. Stopped at any moment, the same command goes on where it was.
+little-endian uint16 without a header. After an interruption at any moment, the same command continues.
 """
 
 import collections
@@ -22,44 +22,34 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+from onenight.bins import SPLITS, BinsWriter, check_bin, clear_work, is_complete, read_meta
+from onenight.files import make_folder
+from onenight.parquet import Batch, Source, find_parquets, fingerprint, open_source, read_batches
+from onenight.tokenizer import EOT, VOCAB_SIZE, encode_documents, read_ranks
+
 import numpy as np
 
-from bins import SPLITS, BinsWriter, check_bin, clear_work, is_complete, read_meta
 from configurator import configure, read_config_file, setting
-from files import make_folder
-from parquet_reader import Batch, Source, find_parquets, fingerprint, open_source, read_batches
-from tokenizer import EOT, VOCAB_SIZE, encode_documents, read_ranks
 
 DEFAULT_FOLDER = Path("data/fineweb/train")
-CONFIG_FILES = [Path(__file__).parent / "config" / f"train_fineweb_4070{name}.py" for name in ("_fast", "")]
-CHECKPOINT_S = 2  # seconds of work that a power cut may cost
-IN_FLIGHT = 4 << 20  # bytes of text handed to each worker and not yet written: about five batches
+CONFIG_FILES = ("config/train_fineweb_4070_fast.py", "config/train_fineweb_4070.py")
+CHECKPOINT_S = 2  # seconds of work that a power cut can cost
+IN_FLIGHT = 4 << 20  # bytes of text per worker that are read and not yet written: about five batches
 BYTES_PER_TOKEN = 4  # English has 4.3 and more, so this errs on the safe side
 COUNTERS = {"empty_documents": 0, "text_bytes": 0, "token_counts_compared": 0, "token_counts_differing": 0}
 
 
 @dataclass
 class PrepareConfig:
-    paths: list = field(default_factory=list)  # what is named without a key: files and folders
+    paths: list = field(default_factory=list)  # the arguments without a key: files and folders
     out_dir: str = setting("data/fineweb", "folder for train.bin, val.bin and meta.json")
     text_column: str = setting("text", "the column to read")
-    val_fraction: float = setting(0.005, "share of the documents that go to val.bin")
-    num_workers: int = setting(0, "threads that tokenize; 0: one for each core. The result is the same")
-    max_documents: int = setting(0, "stop after so many documents; 0: take all")
-    max_tokens: int = setting(0, "stop after the document that reaches so many tokens; 0: take all")
+    val_fraction: float = setting(0.005, "share of the documents that go to val.bin", above=0, below=1)
+    num_workers: int = setting(0, "threads that tokenize; 0: one per core. The result is the same", low=0)
+    max_documents: int = setting(0, "stop after so many documents; 0: take all", low=0)
+    max_tokens: int = setting(0, "stop after the document that reaches so many tokens; 0: take all", low=0)
     overwrite: bool = setting(False, "replace other bins in out_dir")
     verify: bool = setting(False, "only check the bins in out_dir against meta.json")
-
-    def __post_init__(self):
-        problems = [
-            f"{key} must not be negative"
-            for key in ("num_workers", "max_documents", "max_tokens")
-            if getattr(self, key) < 0
-        ]
-        if not 0 < self.val_fraction < 1:
-            problems.append(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        if problems:
-            raise ValueError("\n".join(problems))
 
     @functools.cached_property
     def val_ratio(self) -> tuple[int, int]:
@@ -69,20 +59,20 @@ class PrepareConfig:
 
 @dataclass
 class Tokenized:
-    """The rows of a batch: all their ids, uint16, with end-of-text; and the ids and the bytes of each, 0 if empty."""
+    """A batch as ids, uint16, with end-of-text after each document; and the numbers of ids and bytes of each row."""
 
     ids: np.ndarray
     lengths: np.ndarray
     sizes: np.ndarray
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str], checkpoint_s: float = CHECKPOINT_S):
     config = configure(PrepareConfig, arguments, __doc__)
     out_dir, started = Path(config.out_dir), time.monotonic()
     if config.verify:
         verify(out_dir)
         return
-    read_ranks()  # a damaged rank file ends it here
+    read_ranks()  # fails here if the rank file is damaged
     sources = [open_source(path, config.text_column) for path in find_parquets(config.paths, DEFAULT_FOLDER)]
     job = describe_job(config, sources)
     if is_complete(out_dir, job) and not config.overwrite:
@@ -92,24 +82,26 @@ def main(arguments: list[str]):
     make_folder(out_dir)
     try:
         with contextlib.closing(BinsWriter(out_dir, job, COUNTERS, config.overwrite)) as writer:
-            demand_space(config, sources, writer)
+            check_space(config, sources, writer)
             first_token = writer.tokens
-            convert(config, sources, writer)
+            convert(config, sources, writer, checkpoint_s)
             lengths = finish(writer)
     except OSError as error:
-        raise SystemExit(f"\n{out_dir}: {error.strerror}; mend that, and the same command goes on from here") from None
+        raise SystemExit(
+            f"\n{out_dir}: {error.strerror}; once that is solved, the same command continues from here"
+        ) from None
     report(writer.state, lengths, writer.tokens - first_token, time.monotonic() - started)
 
 
 def describe_job(config: PrepareConfig, sources: list[Source]) -> dict:
-    """All that determines the content of the bins; JSON. Two equal jobs give the same bins bit for bit."""
+    """What determines the contents of the bins, JSON: equal jobs give the same bins bit for bit."""
     keys = ("text_column", "val_fraction", "max_documents", "max_tokens")
     settings = {key: getattr(config, key) for key in keys}
     return {"settings": settings, "sources": [fingerprint(source) for source in sources]}
 
 
-def demand_space(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
-    """Raises SystemExit if the disk has too little room for what is still to be written, as far as can be foreseen."""
+def check_space(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
+    """Raises SystemExit if the disk has too little room for what is expected still to be written."""
     rows = sum(source.rows for source in sources)
     tokens = sum(source.text_bytes for source in sources) / BYTES_PER_TOKEN + rows  # one end-of-text each
     if config.max_documents:
@@ -126,8 +118,8 @@ def demand_space(config: PrepareConfig, sources: list[Source], writer: BinsWrite
         )
 
 
-def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
-    """Tokenizes what the writer has not got yet. Documents stay in order, so rows done is the whole position."""
+def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter, checkpoint_s: float):
+    """Tokenizes what the writer does not have yet. Documents stay in order, so the rows done are the position."""
     state, progress = writer.state, Progress(config, sources, writer)
     if state["rows"]:
         print(f"continuing at row {state['rows']:,}")
@@ -137,7 +129,7 @@ def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
         compare_counts(state, batch, tokenized.lengths[:rows])
         if rows < len(tokenized.lengths):
             break
-        if progress.is_due():
+        if time.monotonic() - progress.shown > checkpoint_s:
             writer.checkpoint()
             progress.show()
     progress.show()
@@ -145,8 +137,8 @@ def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
 
 def tokenize_in_order(batches, num_workers: int):
     """
-    Yields (batch, Tokenized) in order. Threads do the work, as tiktoken lets go of Python's lock meanwhile; processes
-    are slower (benchmarks/prepare.json).
+    Yields (batch, Tokenized) in order. Threads do the work, because tiktoken releases Python's lock meanwhile;
+    processes are slower (benchmarks/results/prepare.json).
     """
     pool, waiting, in_flight = ThreadPoolExecutor(num_workers), collections.deque(), 0
     try:
@@ -164,6 +156,7 @@ def tokenize_in_order(batches, num_workers: int):
 
 
 def tokenize(batch: Batch) -> Tokenized:
+    """The ids of a batch; a row that is empty or null has none."""
     rows = [document or b"" for document in batch.documents.to_pylist()]
     ids = encode_documents([document for document in rows if document])
     sizes = np.array([len(document) for document in rows])
@@ -174,8 +167,8 @@ def tokenize(batch: Batch) -> Tokenized:
 
 def write_within_limits(config: PrepareConfig, writer: BinsWriter, tokenized: Tokenized) -> int:
     """
-    Writes the rows before which no limit is reached, and returns how many they are. To val.bin goes each document at
-    which its number * val_fraction passes a whole number: 0, 200, 400, ...
+    Writes the rows up to the limits of the settings, and returns how many they are. A document goes to val.bin if its
+    number * val_fraction reaches a new whole number: 0, 200, 400, ...
     """
     is_document = tokenized.lengths > 0
     documents = writer.documents + np.cumsum(is_document) - is_document
@@ -195,7 +188,7 @@ def write_within_limits(config: PrepareConfig, writer: BinsWriter, tokenized: To
 
 
 def compare_counts(state: dict, batch: Batch, lengths: np.ndarray):
-    """Against the file's own token_count; the first ten differences are printed, all are counted."""
+    """Compares with the file's own token_count: prints the first ten differences, counts all."""
     expected, found = batch.token_counts[: len(lengths)], np.maximum(lengths - 1, 0)  # without end-of-text
     for i in np.flatnonzero((expected >= 0) & (expected != found)):
         state["token_counts_differing"] += 1
@@ -206,7 +199,7 @@ def compare_counts(state: dict, batch: Batch, lengths: np.ndarray):
 
 
 class Progress:
-    """A line on how far it is, on a terminal always the same one."""
+    """The progress line; a terminal shows one line, which is overwritten."""
 
     def __init__(self, config: PrepareConfig, sources: list[Source], writer: BinsWriter):
         self.config, self.writer, self.total_rows = config, writer, sum(source.rows for source in sources)
@@ -214,16 +207,14 @@ class Progress:
         self.started = self.shown = time.monotonic()
 
     def _done(self) -> float:
-        """The part of the work that is done, 0 to 1, by whichever limit is nearest."""
+        """The share of the work that is done, 0 to 1, by the nearest limit."""
         writer, config = self.writer, self.config
         parts = [(writer.state["rows"], self.total_rows)]
         parts += [(writer.documents, config.max_documents), (writer.tokens, config.max_tokens)]
         return max(done / total for done, total in parts if total) if self.total_rows else 1.0
 
-    def is_due(self) -> bool:
-        return time.monotonic() - self.shown > CHECKPOINT_S
-
     def show(self):
+        """Prints the progress, and notes when."""
         self.shown = time.monotonic()
         seconds, done, rows = max(self.shown - self.started, 1e-3), min(self._done(), 1.0), self.writer.state["rows"]
         eta = seconds * (1 - done) / max(done - self.first_done, 1e-9)
@@ -236,7 +227,7 @@ class Progress:
 
 
 def finish(writer: BinsWriter) -> collections.Counter:
-    """Puts the bins in place. Raises SystemExit, and leaves nothing, if a split would be empty."""
+    """Renames the finished bins. Raises SystemExit, and deletes the work, if a split would be empty."""
     state = writer.state
     empty = [split for split in SPLITS if not state[split]["documents"]]
     if empty:
@@ -250,7 +241,7 @@ def finish(writer: BinsWriter) -> collections.Counter:
 
 
 def report(state: dict, lengths: collections.Counter, new_tokens: int, seconds: float):
-    """The summary, one `key: value` a line, and what the shipped configs make of these bins."""
+    """Prints the summary, one `key: value` per line, and the epochs that the shipped configs train on these bins."""
     tokens, documents = (sum(state[split][what] for split in SPLITS) for what in ("tokens", "documents"))
     compared, differing = state["token_counts_compared"], state["token_counts_differing"]
     verdict = f"{differing:,} of {compared:,} documents differ" if differing else f"equal in all {compared:,} documents"
@@ -269,7 +260,7 @@ def report(state: dict, lengths: collections.Counter, new_tokens: int, seconds: 
         f"peak_memory_mb: {peak_memory_mb()}"
     )
     for config_file in CONFIG_FILES:
-        print(what_a_config_makes_of(config_file, state["train"]["tokens"]))
+        print(epochs_line(config_file, state["train"]["tokens"]))
 
 
 def quantile(counts: collections.Counter, q: float) -> int:
@@ -279,21 +270,22 @@ def quantile(counts: collections.Counter, q: float) -> int:
     return values[np.searchsorted(cumulated, q * cumulated[-1])]
 
 
-def what_a_config_makes_of(config_file: Path, tokens: int) -> str:
+def epochs_line(config_file: str, tokens: int) -> str:
+    """How many epochs of so many tokens a config file trains, as a line."""
     try:
-        config = read_config_file(str(config_file))
+        config = read_config_file(str(Path(__file__).parent / config_file))
         per_iter = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
         seen = per_iter * config["max_iters"]
     except (ValueError, KeyError, TypeError) as problem:
-        return f"config/{config_file.name} says nothing of its length ({problem})"
+        return f"{config_file}: the length of its training is unknown ({problem})"
     return (
-        f"config/{config_file.name}: {per_iter:,} tokens per iteration, one epoch is {tokens / per_iter:,.1f} "
+        f"{config_file}: {per_iter:,} tokens per iteration, one epoch is {tokens / per_iter:,.1f} "
         f"iterations, its {config['max_iters']:,} are {seen / 1e9:.2f} billion tokens or {seen / tokens:.2f} epochs"
     )
 
 
 def verify(out_dir: Path):
-    """Reads both bins again and holds them against meta.json. Raises SystemExit where they differ."""
+    """Reads both bins again and compares them with meta.json. Raises SystemExit if they differ."""
     meta = read_meta(out_dir)
     for split in SPLITS:
         path, expected = out_dir / f"{split}.bin", meta.get(split)
@@ -320,10 +312,15 @@ def peak_memory_mb() -> str:
     return "unknown on Windows"
 
 
-if __name__ == "__main__":
+def run_interruptibly(job, *arguments, **options):
+    """Calls job(); Ctrl-C and SIGTERM end the process at once, with a message, exit status 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(sys.argv[1:])
+        job(*arguments, **options)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", flush=True)
-        os._exit(130)  # at once, though a thread may still be busy with a very long document
+        print("\nstopped; the same command continues from here", flush=True)
+        os._exit(130)  # does not wait for a thread that is busy with a very long document
+
+
+if __name__ == "__main__":
+    run_interruptibly(main, sys.argv[1:])

@@ -1,5 +1,5 @@
 """
-How fast prepare_single_parquet.py is, and how much memory it takes; writes benchmarks/prepare.json.
+How fast prepare_single_parquet.py is, and how much memory it takes; writes benchmarks/results/prepare.json.
 
     python benchmarks/prepare.py FILE.parquet --name="what the file holds"
 
@@ -25,12 +25,11 @@ import threading
 import time
 from pathlib import Path
 
+from common import RESULTS, ROOT, commit, cpu_name
+
 import pyarrow as pa
 from pyarrow import parquet
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from machine import commit, cpu_name
 from prepare_single_parquet import cores
 
 OURS = [sys.executable, ROOT / "prepare_single_parquet.py"]
@@ -45,7 +44,7 @@ prepare_single_parquet.main(sys.argv[1:])
 ENCODING = """
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
-from tokenizer import EOT, EOT_TEXT, read_ranks
+from onenight.tokenizer import EOT, EOT_TEXT, read_ranks
 def new_encoding():
     ranks, special = read_ranks(), {EOT_TEXT: EOT}
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
@@ -54,10 +53,10 @@ def new_encoding():
 # tiktoken as it comes, in threads: each with an Encoding of its own ("apart", its fastest), or all with one ("shared");
 # and apart with the project's own form of the pattern ("pattern").
 TIKTOKEN_ALONE = f"""{ENCODING}
-import sys, threading, time, concurrent.futures, pyarrow.parquet, tokenizer
+import sys, threading, time, concurrent.futures, pyarrow.parquet, onenight.tokenizer
 texts = pyarrow.parquet.read_table(sys.argv[1], columns=["text"]).column(0).to_pylist()
 workers, way, of_thread, shared = int(sys.argv[2]), sys.argv[3], threading.local(), new_encoding()
-make = dict(apart=new_encoding, shared=lambda: shared, pattern=tokenizer.get_encoding)[way]
+make = dict(apart=new_encoding, shared=lambda: shared, pattern=onenight.tokenizer.get_encoding)[way]
 def tokens_from(start):
     if not hasattr(of_thread, "encoding"):
         of_thread.encoding = make()
@@ -113,7 +112,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         results["speed"] = speed(args.file, Path(folder), args.repeats)
         results["memory"] = memory(args.file, Path(folder))
-    (ROOT / "benchmarks" / "prepare.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "prepare.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def speed(file: Path, folder: Path, repeats: int) -> dict:

@@ -1,42 +1,32 @@
 """
-How fast text is made with GPT-2 124M, against another checkout of nanoGPT; the results go into benchmarks/sample.json.
+How fast text is generated with GPT-2 124M, against a checkout of nanoGPT; writes benchmarks/results/sample.json.
 
     python benchmarks/sample.py --peer=../nanoGPT
     python benchmarks/sample.py --peer=../nanoGPT --dtype=bfloat16
     python benchmarks/sample.py --peer=../nanoGPT --device=cuda --dtype=bfloat16 --compile
 
-One untrained checkpoint, which both load, one device and dtype, 512 new tokens after one. nanoGPT's sample.py draws its
-samples one after another, so that its speed is that of one sample; its tokens are made in four parts, with our runs
-between them, so that other work on the machine slows both. Both without reading the checkpoint and printing the text.
+Both load one untrained checkpoint, and generate 512 tokens after one on the same device in the same dtype. nanoGPT's
+sample.py draws its samples one after another, so its speed is that of one sample; its tokens are generated in four
+parts, with our runs in between, so that other work on the machine slows both. Loading and printing do not count.
 On a CPU nanoGPT computes in float32 whatever its dtype, and so it does here.
 """
 
 import argparse
-import contextlib
-import datetime
-import importlib.util
-import io
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for both, as in sample.py
+from common import GPT2_SHAPE, RESULTS, circumstances, make_peer
+from onenight.device import autocast, choose_device, compile_model, use_tf32
+from onenight.generate import Sampling, draw_uniforms, generate
+from onenight.pretrained import build_model, resolve_checkpoint
+
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from backend import autocast, choose_device, compile_model, use_tf32
-from generate import Taste, chances, generate
-from machine import commit, cpu_name
 from model import GPT, GPTConfig
-from pretrained import build_model, load_weights
 
-SHAPE = {"block_size": 1024, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": False}
 PROMPT, N_TOKENS, PARTS, AT_ONCE = [198], 512, 4, 8
 
 
@@ -51,27 +41,16 @@ def main():
     use_tf32(device)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(1337)
-        weights = GPT(GPTConfig(**SHAPE)).state_dict()
-        torch.save({"model_args": SHAPE, "model": weights}, Path(folder) / "ckpt.pt")
-        ours = build_model(load_weights("resume", Path(folder)), folder, args.dtype).to(device)
-        peer = load_peer(args.peer, Path(folder) / "ckpt.pt", device)
+        weights = GPT(GPTConfig(**GPT2_SHAPE)).state_dict()
+        torch.save({"model_args": GPT2_SHAPE, "model": weights}, Path(folder) / "ckpt.pt")
+        ours = build_model(resolve_checkpoint("resume", Path(folder)), folder, args.dtype).to(device)
+        peer = make_peer(args.peer, GPT2_SHAPE)
+        peer.load_state_dict(weights)
+        peer.eval().to(device)
     bandwidth = read_bandwidth(device)
     speeds = race(ours, peer, args, device)
     bandwidth = max(bandwidth, read_bandwidth(device))
     report(speeds, bytes_per_step(ours), bandwidth, args)
-
-
-def load_peer(folder: Path, checkpoint: Path, device: torch.device):
-    """nanoGPT's model as its sample.py loads it."""
-    spec = importlib.util.spec_from_file_location("model_of_peer", folder / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    loaded = torch.load(checkpoint, map_location=device, weights_only=True)
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = module.GPT(module.GPTConfig(**loaded["model_args"], dropout=0.0))
-    model.load_state_dict(loaded["model"])
-    return model.eval().to(device)
 
 
 def race(ours: GPT, peer, args, device: torch.device) -> dict[str, list[float]]:
@@ -103,8 +82,8 @@ def race(ours: GPT, peer, args, device: torch.device) -> dict[str, list[float]]:
 def run_ours(model: GPT, samples: int, n_tokens: int, dtype: str, step) -> float:
     """Seconds for that many samples at once."""
     started = time.perf_counter()
-    chance = chances(1337, range(samples), n_tokens)
-    for _ in generate(model, PROMPT, chance, Taste(temperature=0.8, top_k=200), dtype, step):
+    uniforms = draw_uniforms(1337, range(samples), n_tokens)
+    for _ in generate(model, PROMPT, uniforms, Sampling(temperature=0.8, top_k=200), dtype, step):
         pass
     return time.perf_counter() - started
 
@@ -145,16 +124,13 @@ def report(speeds: dict[str, list[float]], step_bytes: int, bandwidth: float, ar
     results = {
         "command": f"python benchmarks/sample.py --peer=NANOGPT --device={args.device} --dtype={args.dtype}"
         + " --compile" * args.compile,
-        "date": datetime.date.today().isoformat(),
-        "machine": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
+        **circumstances(args.device),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit(),
         "new_tokens": N_TOKENS,
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "rows": rows,
     }
-    file = ROOT / "benchmarks" / "sample.json"
+    file = RESULTS / "sample.json"
     runs = json.loads(file.read_text()) if file.exists() else {}
     runs[f"{args.device} {args.dtype}"] = results
     file.write_text(json.dumps(runs, indent=1) + "\n")

@@ -1,5 +1,5 @@
 # The night that ends in the morning: 1.15 billion tokens through a modern 12-layer GPT, trained by Muon, on one
-# FineWeb parquet file and one 12 GB RTX 4070. What each part is worth at a small scale: benchmarks/recipe.md.
+# FineWeb parquet file and one 12 GB RTX 4070. What each part is worth at a small scale: benchmarks/recipe/.
 
 out_dir = "out-fineweb-fast"
 eval_interval = 200

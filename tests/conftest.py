@@ -1,17 +1,19 @@
-"""What the tests share: running a stage script as a user does, and what every refusal must look like."""
+"""What the tests share: running the stage scripts as a user does, small data, small models."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # more only wait for one another in models this small
 
 
@@ -157,20 +159,61 @@ def train(bins, out_dir, *, env=None, **changes):
     return run("train.py", *(f"--{key}={value}" for key, value in settings.items()), env=env)
 
 
-def start(bins, out_dir, **changes):
-    """The same as a Popen, each line of its output there as soon as it is printed."""
+def start_training(bins, out_dir, **changes):
     settings = {**TINY, "dataset": bins, "out_dir": out_dir, **changes}
-    command = [sys.executable, "-u", ROOT / "train.py", *(f"--{key}={value}" for key, value in settings.items())]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return start("train.py", *(f"--{key}={value}" for key, value in settings.items()))
+
+
+def start(script, *args):
+    """Starts a script of the project, or another program (a list): a Popen whose lines come as they are printed."""
+    command = [*script] if isinstance(script, list) else [ROOT / script]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, *map(str, [*command, *args])]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def wait_for(process, beginning):
+def wait_for_line(process, beginning):
     """Reads the output up to a line that begins so."""
     for line in process.stdout:
         if line.startswith(beginning):
             return
     raise AssertionError(f"ended without '{beginning}': {process.stderr.read()}")
+
+
+def wait_for_iter(process, number):
+    """Reads the output of train.py up to iteration `number`, or the first one after it that is printed."""
+    for line in process.stdout:
+        iteration = re.match(r"iter (\d+):", line)
+        if iteration and int(iteration[1]) >= number:
+            return
+    raise AssertionError(f"ended before iter {number}: {process.stderr.read()}")
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met in time"
+        time.sleep(0.002)
+
+
+def copy_project(folder):
+    """A copy of the project without what the stages wrote, to be changed by a test."""
+    leave = shutil.ignore_patterns(".*", "__pycache__", "out*", "wandb", "*.bin", "*.parquet")
+    return shutil.copytree(ROOT, folder, ignore=leave)
+
+
+class SmallMemory:
+    """A model that runs out of memory, as CUDA says it, with over `limit` rows, from the `nth` call on."""
+
+    def __init__(self, model, limit, nth=0):
+        self.model, self.limit, self.nth, self.calls = model, limit, nth, []
+        self.config, self.lm_head = model.config, model.lm_head
+
+    def __call__(self, ids, *arguments, **more):
+        self.calls.append(len(ids))
+        if len(ids) > self.limit and len(self.calls) >= self.nth:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.54 GiB.")
+        return self.model(ids, *arguments, **more)
 
 
 def metrics(out_dir):

@@ -1,4 +1,4 @@
-"""configurator.py: what a user types, in a config file or as a flag, and what comes of it."""
+"""configurator.py: config files and flags, accepted and refused."""
 
 import builtins
 import dataclasses
@@ -6,21 +6,24 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+from onenight.train_config import TrainConfig
 
 import pytest
 from conftest import ROOT, assert_one_sentence, run
 
 import configurator
-from configurator import configure, read_config_file, setting
+from configurator import allowed_values, configure, read_config_file, setting
 from sample import SampleConfig
-from train_config import TrainConfig
 
 
 @dataclass
 class Settings:
     out_dir: str = setting("out", "where things go")
-    max_iters: int = setting(100, "how long")
-    learning_rate: float = setting(6e-4, "how fast")
+    max_iters: int = setting(100, "how long", low=1)
+    learning_rate: float = setting(6e-4, "how fast", above=0, high=1)
+    optimizer: str = setting("adamw", "which way", choices=("adamw", "muon"))
     compile: bool = setting(True, "slow to start, then faster")
     eval_only: bool = setting(False, "evaluate once and stop")
 
@@ -34,7 +37,7 @@ def settings(*arguments):
 
 
 def refusal(*arguments, cls=Settings) -> list[str]:
-    """The lines of the message that ends the program."""
+    """The lines of the error message."""
     with pytest.raises(SystemExit) as stop:
         configure(cls, list(map(str, arguments)), "")
     assert isinstance(stop.value.code, str)  # Python prints it to stderr and exits with 1
@@ -54,7 +57,7 @@ def config_file(tmp_path):
 
 
 def test_no_argument_gives_the_defaults():
-    assert settings() == Settings("out", 100, 6e-4, True, False)
+    assert settings() == Settings("out", 100, 6e-4, "adamw", True, False)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +69,9 @@ def test_no_argument_gives_the_defaults():
         ("--compile=false", False),
         ("--compile=False", False),
         ("--max_iters=7", 7),
-        ("--max_iters=-7", -7),
         ("--learning_rate=1", 1.0),
         ("--learning_rate=5e-4", 5e-4),
-        ("--learning_rate=-.5", -0.5),
+        ("--learning_rate=.5", 0.5),
         ("--out_dir=a b/c", "a b/c"),
         ("--out_dir=2+2=4", "2+2=4"),
         ("--out_dir=--max_iters=3", "--max_iters=3"),
@@ -80,7 +82,7 @@ def test_no_argument_gives_the_defaults():
         ("--out_dir=x.py", "x.py"),
     ],
 )
-def test_a_flag_is_read_as_its_key_wants_it(flag, value):
+def test_a_flag_is_parsed_as_the_type_of_its_key(flag, value):
     key = flag[2:].partition("=")[0]
     given = getattr(settings(flag), key)
     assert given == value
@@ -105,11 +107,11 @@ def test_a_config_file_is_python_with_its_own_helpers(config_file):
         "_per_iter = 16 * 32\n"
         "def iters(tokens):\n    return tokens // _per_iter\n"
         "max_iters = iters(51_200)\n"
-        "learning_rate = math.sqrt(4)\n"
+        "learning_rate = math.sqrt(0.25)\n"
         "out_dir = str(Path('a') / 'b')\n"
         "compile = not True\n"
     )
-    assert settings(file) == Settings(os.path.join("a", "b"), 100, 2.0, False, False)
+    assert settings(file) == Settings(os.path.join("a", "b"), 100, 0.5, "adamw", False, False)
     assert read_config_file(file).keys() == {"max_iters", "learning_rate", "out_dir", "compile"}
 
 
@@ -118,7 +120,7 @@ def test_a_whole_number_in_a_file_serves_as_a_float(config_file):
     assert rate == 1 and type(rate) is float
 
 
-def test_a_config_file_leaks_into_nothing(config_file):
+def test_a_config_file_has_no_side_effects(config_file):
     names = "max_iters = 1\n_helper = 2\ndef leaked():\n    pass\nout_dir = __name__"
     file = config_file(names)
     before = [set(vars(configurator)), set(vars(builtins)), set(globals()), set(sys.modules), list(sys.argv)]
@@ -128,7 +130,7 @@ def test_a_config_file_leaks_into_nothing(config_file):
     assert settings() == Settings("out", 100)
 
 
-def test_plain_words_are_paths_for_a_script_that_takes_paths(config_file):
+def test_plain_arguments_are_paths_if_the_script_takes_paths(config_file):
     @dataclass
     class WithPaths:
         paths: list = dataclasses.field(default_factory=list)
@@ -166,6 +168,10 @@ def test_plain_words_are_paths_for_a_script_that_takes_paths(config_file):
         ("-max_iters=3", "'-max_iters=3' is neither a config file (*.py) nor --key=value"),
         ("max_iters=3", "'max_iters=3' is neither"),
         ("--", "there is no key ''"),
+        ("--max_iters=0", "max_iters must be at least 1, not 0"),
+        ("--learning_rate=0", "learning_rate must be more than 0 and at most 1, not 0.0"),
+        ("--learning_rate=1.5", "learning_rate must be more than 0 and at most 1, not 1.5"),
+        ("--optimizer=sgd", "optimizer must be 'adamw' or 'muon', not 'sgd'"),
         ("--out_dir=nowhere", "out_dir must be somewhere"),  # what the class itself refuses
     ],
 )
@@ -223,14 +229,15 @@ def test_a_missing_file_names_the_nearest(config_file, tmp_path, monkeypatch):
     near = config_file("", "train_small.py")
     config_file("", "unlike.py")
     missing = tmp_path / "train_smal.py"
-    assert refusal(missing) == [f"{missing}: no such file; did you mean {near}?"]
-    assert refusal("no/where/at_all.py") == ["no/where/at_all.py: no such file"]
+    places = f"no such file in {Path.cwd()} or {ROOT}"
+    assert refusal(missing) == [f"{missing}: {places}; did you mean {near}?"]
+    assert refusal("no/where/at_all.py") == [f"no/where/at_all.py: {places}"]
     monkeypatch.chdir(ROOT)  # where the shipped ones lie in config/
     (line,) = refusal("train_demo.py")
     assert line.endswith(f"did you mean {os.path.join('config', 'train_demo.py')}?")
 
 
-def test_all_problems_are_told_at_once(config_file):
+def test_all_problems_are_reported_at_once(config_file):
     file = config_file("max_itres = 1\nlearning_rate = 'fast'")
     lines = refusal("--compile=maybe", file, "missing.py", "word", "--lr=1", "--out_dir=nowhere")
     words = ["compile takes", "no key 'max_itres'", "learning_rate takes", "missing.py: no such file", "'word'"]
@@ -239,21 +246,23 @@ def test_all_problems_are_told_at_once(config_file):
     assert all(word in line for word, line in zip(words, lines))
 
 
-# ---- at the door
+# ---- as a process
 
 
 @pytest.mark.parametrize("script, cls", [("train.py", TrainConfig), ("sample.py", SampleConfig)])
-def test_help_tells_every_key_its_default_and_its_reason(script, cls):
+def test_help_lists_every_key_with_default_reason_and_range(script, cls):
     result = run(script, "--help")
     assert result.returncode == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
     for field in dataclasses.fields(cls):
         (line,) = [line for line in lines if line.strip().startswith(f"--{field.name}=")]
         assert f"={field.default!r} " in line
-        assert line.endswith(field.metadata["reason"])
+        assert field.metadata["reason"] in line
+        allowed = allowed_values(field)
+        assert line.endswith(f"({allowed})" if allowed else field.metadata["reason"])
 
 
-def test_a_script_tells_all_problems_and_leaves_nothing(tmp_path):
+def test_a_script_reports_all_problems_and_writes_nothing(tmp_path):
     (tmp_path / "bad.py").write_text("max_itres = 3\n")
     result = run("train.py", "bad.py", "--compile=maybe", "--n_embd=512", cwd=tmp_path)
     assert result.returncode == 1
@@ -263,12 +272,12 @@ def test_a_script_tells_all_problems_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["bad.py"]
 
 
-def test_a_config_file_cannot_end_a_script_in_silence(tmp_path):
+def test_a_config_file_cannot_exit_silently(tmp_path):
     (tmp_path / "quits.py").write_text("raise SystemExit(0)\n")
     assert_one_sentence(run("sample.py", "quits.py", cwd=tmp_path), "quits.py: this config file raises SystemExit")
 
 
-def test_importing_does_nothing(tmp_path):
+def test_importing_has_no_effects(tmp_path):
     code = "import sys; sys.argv[1:] = ['--bogus', 'missing.py']; import configurator, train, sample"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -292,7 +301,7 @@ SMALL = FINEWEB_4070 | dict(
 
 
 @pytest.mark.parametrize("name, values", [("train_fineweb_4070", FINEWEB_4070), ("train_fineweb_4070_small", SMALL)])
-def test_the_fineweb_configs_set_what_they_promise(name, values):
+def test_the_fineweb_configs_have_the_documented_values(name, values):
     assert read_config_file(str(ROOT / "config" / f"{name}.py")) == values
 
 

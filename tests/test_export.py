@@ -7,6 +7,9 @@ import re
 import subprocess
 import sys
 
+from onenight.pretrained import build_model, resolve_checkpoint
+from onenight.tokenizer import get_encoding
+
 import hypothesis
 import pytest
 import tiktoken_ext.openai_public
@@ -25,10 +28,7 @@ from transformers import (
 )
 
 from export import main
-from loss import soft_cap
-from model import GPT, GPTConfig
-from pretrained import build_model, load_weights
-from tokenizer import get_encoding
+from model import GPT, GPTConfig, soft_cap
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "dropout": 0.1, "vocab_size": 50304}
 IDS = torch.randint(50257, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -52,14 +52,14 @@ def export(out_dir, export_dir, *flags, **how):
 
 
 def logits_of(init_from, out_dir=None):
-    model = build_model(load_weights(str(init_from), out_dir), "it")
+    model = build_model(resolve_checkpoint(str(init_from), out_dir), "it")
     with torch.no_grad():
         return soft_cap(model.lm_head(model.hidden(IDS)), model.softcap)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What export.py made of a checkpoint; beside it the checkpoint's folder, run."""
+    """An exported folder; the checkpoint is in `run` beside it."""
     home = tmp_path_factory.mktemp("export")
     (home / "run").mkdir()
     save(home / "run")
@@ -88,9 +88,9 @@ def test_transformers_computes_the_same_logits(kind, bias, tmp_path):
     torch.testing.assert_close(found, ours[..., :50257], rtol=0, atol=1e-4)
 
 
-def test_a_folder_goes_both_ways(folder):
-    original = load_weights("resume", folder.parent / "run")["model"]
-    returned = load_weights(str(folder), None)
+def test_an_exported_folder_loads_as_the_same_weights(folder):
+    original = resolve_checkpoint("resume", folder.parent / "run")["model"]
+    returned = resolve_checkpoint(str(folder), None)
     assert returned["model_args"] == {**SHAPE, "bias": True, "dropout": 0.0, "vocab_size": 50257}
     assert returned["model"].keys() == original.keys()
     for name, value in returned["model"].items():
@@ -99,7 +99,7 @@ def test_a_folder_goes_both_ways(folder):
 
 @pytest.mark.parametrize("kind", [GPT2LMHeadModel, GPT2Model])
 def test_gpt2_from_transformers(kind, tmp_path):
-    """Saved with the head or, as OpenAI's own weights are on the hub, without it: other names, masks among them."""
+    """Saved with the head or, as OpenAI's own weights on the hub, without it: with other names, and with masks."""
     set_seed(0)
     shape = {"vocab_size": 50257, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 2}
     config = GPT2Config(**shape, activation_function="gelu", initializer_range=0.5)
@@ -125,7 +125,7 @@ def test_sampling_from_a_folder(folder, tmp_path):
     assert result.stdout == tokenizer.decode(output[0], skip_special_tokens=True) + "\n---------------\n"
 
 
-def test_best_and_other_checkpoints_by_their_file(folder, tmp_path):
+def test_a_checkpoint_file_is_exported(folder, tmp_path):
     (tmp_path / "run").mkdir()
     save(tmp_path / "run", bias=False)
     (tmp_path / "run" / "ckpt.pt").rename(tmp_path / "run" / "best.pt")
@@ -138,7 +138,7 @@ def test_best_and_other_checkpoints_by_their_file(folder, tmp_path):
 
 
 def test_vocabulary_and_merges_are_the_files_that_openai_published(folder):
-    """Byte for byte, by the sums that tiktoken demands of them."""
+    """Byte for byte, by the checksums in tiktoken."""
     source = inspect.getsource(tiktoken_ext.openai_public.gpt2)
     for file, key in (("merges.txt", "vocab_bpe_hash"), ("vocab.json", "encoder_json_hash")):
         (expected,) = re.findall(rf'{key}="(\w+)"', source)
@@ -176,7 +176,7 @@ def test_tokens_of_odd_text_are_tiktokens(folder):
 # ---- the card
 
 
-def test_the_card_sums_the_training_up(tmp_path, monkeypatch, capsys):
+def test_the_model_card_summarises_the_training(tmp_path, monkeypatch, capsys):
     config = {"dataset": "/data/my_web", "batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-4}
     config |= {"optimizer": "muon", "embedding_lr": 0.01, "head_lr": 0.0}
     save(tmp_path, config=config, iter_num=1000, best_val_loss=3.25)
@@ -198,7 +198,7 @@ def test_the_card_sums_the_training_up(tmp_path, monkeypatch, capsys):
 # ---- what cannot be
 
 
-def test_an_export_never_touches_what_is_there(folder):
+def test_an_export_never_overwrites(folder):
     before = (folder / "README.md").stat().st_mtime_ns
     with pytest.raises(SystemExit, match="exists already"):
         main([f"--out_dir={folder.parent / 'run'}", f"--export_dir={folder}"])
@@ -215,9 +215,9 @@ def test_bad_input_to_an_export_is_one_sentence(tmp_path):
     refuse("no such checkpoint")
     small = {**SHAPE, "vocab_size": 256}
     torch.save({"model": {}, "model_args": small}, tmp_path / "ckpt.pt")
-    refuse("do not fit")
+    refuse("do not match")
     torch.save({"model": GPT(GPTConfig(**small)).state_dict(), "model_args": small}, tmp_path / "ckpt.pt")
-    refuse("trained on 256 ids")
+    refuse("vocabulary of 256 ids")
     save(tmp_path)
     refuse("cannot be written", export_dir="ckpt.pt/it")
     assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
@@ -243,10 +243,10 @@ def test_a_missing_package_is_one_sentence(folder, tmp_path):
     assert_one_sentence(run("sample.py", f"--init_from={folder}", env=without), words)
 
 
-def test_what_is_no_gpt2_is_one_sentence(tmp_path):
+def test_a_folder_that_is_not_gpt2_is_one_sentence(tmp_path):
     def refuse(words, **how):
         with pytest.raises(SystemExit, match=words) as refused:
-            load_weights(str(how.get("name", tmp_path)), None)
+            resolve_checkpoint(str(how.get("name", tmp_path)), None)
         assert "\n" not in str(refused.value)
 
     refuse("has no config.json")
@@ -269,7 +269,7 @@ def test_what_is_no_gpt2_is_one_sentence(tmp_path):
     refuse("no n_layer")
 
 
-def test_a_name_that_is_nowhere_is_one_sentence(tmp_path):
+def test_an_unknown_hub_name_is_one_sentence(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = run("sample.py", "--init_from=gpt2-nowhere", cwd=tmp_path, env=offline)
-    assert_one_sentence(result, "gpt2-nowhere: no such folder, and not to be had")
+    assert_one_sentence(result, "and not available from the Hugging Face hub")

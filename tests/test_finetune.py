@@ -13,7 +13,7 @@ GPT2_SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "bias": True}
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    """A small random GPT-2 as transformers saves it, which sees 48 tokens and knows 300 ids."""
+    """A small random GPT-2 as transformers saves it, with 48 positions and 300 ids."""
     folder = tmp_path_factory.mktemp("gpt2")
     set_seed(0)
     config = GPT2Config(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_trained_further_from_its_first_iteration(bins, tmp_path
 
 def test_another_shape_is_refused_in_a_sentence(gpt2, bins, tmp_path):
     refused = train(bins, tmp_path, init_from=gpt2[0], n_layer=3)
-    assert_one_sentence(refused, "n_layer=2, bias=True; start from it with the same")
+    assert_one_sentence(refused, "the checkpoint has n_layer=2, bias=True; start with the same")
     refused = train(bins, tmp_path, **GPT2_SHAPE, init_from=gpt2[0], block_size=64)
     assert_one_sentence(refused, "block_size=48")
     assert not list(tmp_path.iterdir())

@@ -1,20 +1,21 @@
-"""generate.py against the same without a cache, and against transformers' way of choosing tokens."""
+"""generate.py against generation without a cache, and against transformers' choice of tokens."""
+
+from onenight.device import autocast
+from onenight.generate import Sampling, decode, draw, draw_uniforms, generate, penalize, prefill
 
 import pytest
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
-from backend import autocast
-from generate import Taste, chances, decode, draw, generate, penalize, prefill
 from model import ARCHITECTURES, GPT, GPTConfig, KVCache
 
-GREEDY = Taste(temperature=0)
+GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """More only wait for one another in models this small."""
+    """More threads would only wait for one another in such small models."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,7 +23,7 @@ def one_thread():
 
 
 def make_model(block_size, vocab_size=300, architecture="gpt2"):
-    """An untrained model, its weights enlarged so that it has opinions, and its positions so that it has many."""
+    """An untrained model, with weights enlarged so that its predictions are clear and depend on the position."""
     torch.manual_seed(0)
     shape = {"block_size": block_size, "vocab_size": vocab_size, "n_layer": 3, "n_head": 4, "n_embd": 64}
     model = GPT(GPTConfig(**shape, bias=architecture == "gpt2", architecture=architecture)).eval()
@@ -38,7 +39,7 @@ def make_model(block_size, vocab_size=300, architecture="gpt2"):
 
 
 def generated(model, prompt, chance, taste=GREEDY, **how):
-    """Of each row of chance the new ids."""
+    """The new ids of each row of uniforms."""
     return [list(row) for row in zip(*generate(model, prompt, chance, taste, "float32", **how))]
 
 
@@ -56,7 +57,7 @@ def greedy_without_cache(model, ids, n_tokens):
 
 
 class Watched:
-    """A model that notes the shapes it is called with: rows and tokens, and the rows and slots of the cache."""
+    """A model that records the shapes of its calls: rows, tokens, and the rows and slots of the cache."""
 
     def __init__(self, model):
         self.model, self.config, self.lm_head, self.calls = model, model.config, model.lm_head, []
@@ -76,42 +77,44 @@ def test_greedy_with_the_cache_is_greedy_without_it_over_1000_tokens(architectur
     expected, margin = greedy_without_cache(model, [1, 2, 3], 1000)
     # float32 sums of a few hundred numbers of size 10 differ by their order in the fifth digit; and it is no loop
     assert margin > 1e-4 and len(set(expected)) > 50
-    assert generated(model, [1, 2, 3], chances(0, range(1), 1000)) == [expected]
+    assert generated(model, [1, 2, 3], draw_uniforms(0, range(1), 1000)) == [expected]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("block_size, prompt_tokens", [(16, 5), (16, 16), (15, 40), (1, 1), (2, 3)])
-def test_past_block_size_it_goes_on_from_the_last_half(block_size, prompt_tokens, architecture):
+def test_beyond_block_size_it_continues_from_the_last_half(block_size, prompt_tokens, architecture):
     model = make_model(block_size, architecture=architecture)
     prompt = list(range(prompt_tokens))
     expected, _ = greedy_without_cache(model, prompt, 60)
-    assert generated(model, prompt, chances(0, range(2), 60)) == [expected, expected]
+    assert generated(model, prompt, draw_uniforms(0, range(2), 60)) == [expected, expected]
 
 
 def test_samples_are_one_batch_after_one_prefill():
     model = Watched(make_model(block_size=32))
-    generated(model, [1, 2, 3], chances(0, range(4), 10), Taste())
+    generated(model, [1, 2, 3], draw_uniforms(0, range(4), 10), Sampling())
     assert model.calls == [(1, 3, 1, 3)] + [(4, 1, 4, slots) for slots in range(4, 13)]
     model.calls.clear()
-    generated(model, [1, 2, 3], chances(0, range(4), 50), Taste())
+    generated(model, [1, 2, 3], draw_uniforms(0, range(4), 50), Sampling())
     assert [call for call in model.calls if call[1] > 1] == [(1, 3, 1, 3), (4, 16, 4, 16), (4, 16, 4, 16)]
 
 
 def test_a_sample_is_the_same_alone_and_among_others():
     model = make_model(block_size=32)
-    together = generated(model, [1, 2, 3], chances(7, range(5), 80), Taste())
-    assert [generated(model, [1, 2, 3], chances(7, range(i, i + 1), 80), Taste())[0] for i in range(5)] == together
+    together = generated(model, [1, 2, 3], draw_uniforms(7, range(5), 80), Sampling())
+    assert [
+        generated(model, [1, 2, 3], draw_uniforms(7, range(i, i + 1), 80), Sampling())[0] for i in range(5)
+    ] == together
     assert len({tuple(row) for row in together}) == 5
 
 
 def test_the_compiled_step_sees_one_shape_only():
     model = make_model(block_size=32)
     step = Watched(model)
-    expected = generated(model, [1, 2, 3], chances(0, range(2), 80), Taste())
-    assert generated(model, [1, 2, 3], chances(0, range(2), 80), Taste(), step=step) == expected
+    expected = generated(model, [1, 2, 3], draw_uniforms(0, range(2), 80), Sampling())
+    assert generated(model, [1, 2, 3], draw_uniforms(0, range(2), 80), Sampling(), step=step) == expected
     assert set(step.calls) == {(2, 1, 2, 32)}
     compiled = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)  # traced, and not made machine code
-    assert generated(model, [1, 2, 3], chances(0, range(2), 80), Taste(), step=compiled) == expected
+    assert generated(model, [1, 2, 3], draw_uniforms(0, range(2), 80), Sampling(), step=compiled) == expected
 
 
 def test_in_bfloat16_as_without_the_cache():
@@ -133,20 +136,20 @@ def test_in_bfloat16_as_without_the_cache():
 @pytest.mark.parametrize(
     "taste",
     [
-        Taste(),
-        Taste(temperature=0.7),
-        Taste(temperature=1e-3, top_k=2),
-        Taste(top_k=1),
-        Taste(top_k=7),
-        Taste(top_k=1000),
-        Taste(top_p=0.8),
-        Taste(top_p=1e-9),
-        Taste(temperature=1.5, top_k=20, top_p=0.6),
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(temperature=1e-3, top_k=2),
+        Sampling(top_k=1),
+        Sampling(top_k=7),
+        Sampling(top_k=1000),
+        Sampling(top_p=0.8),
+        Sampling(top_p=1e-9),
+        Sampling(temperature=1.5, top_k=20, top_p=0.6),
     ],
     ids=str,
 )
-def test_tokens_come_as_often_as_transformers_would_draw_them(taste):
-    """Chances that are spread evenly must give each token its share, to within one."""
+def test_tokens_are_drawn_with_transformers_probabilities(taste):
+    """Evenly spread random numbers must give each token its share, to within one."""
     torch.manual_seed(0)
     logits, n = 3 * torch.randn(1, 50), 20_000
     wanted = LogitsProcessorList([logits_process.TemperatureLogitsWarper(taste.temperature)])
@@ -161,20 +164,20 @@ def test_tokens_come_as_often_as_transformers_would_draw_them(taste):
     assert not counts[probs == 0].any()
 
 
-def test_the_ends_of_chance_are_tokens_too():
+def test_the_extreme_random_numbers_give_tokens():
     logits = torch.tensor([[-torch.inf, 0.0, 5.0, 1.0]]).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits, ends, Taste()).tolist() == [1, 3]
-    assert draw(logits, ends, Taste(top_k=2)).tolist() == [2, 3]
-    assert draw(logits, ends, Taste(temperature=1e-320)).tolist() == [2, 2]
-    assert draw(logits, ends, Taste(top_p=0.9)).tolist() == [2, 2]
+    assert draw(logits, ends, Sampling()).tolist() == [1, 3]
+    assert draw(logits, ends, Sampling(top_k=2)).tolist() == [2, 3]
+    assert draw(logits, ends, Sampling(temperature=1e-320)).tolist() == [2, 2]
+    assert draw(logits, ends, Sampling(top_p=0.9)).tolist() == [2, 2]
 
 
 def test_padding_is_never_drawn():
     logits = torch.zeros(100, 50304)
     logits[:, 50257:] = 50.0
-    for taste in (GREEDY, Taste(), Taste(top_k=3), Taste(top_p=0.5)):
-        assert draw(logits, chances(0, range(100), 1)[:, 0], taste).max() < 50257
+    for taste in (GREEDY, Sampling(), Sampling(top_k=3), Sampling(top_p=0.5)):
+        assert draw(logits, draw_uniforms(0, range(100), 1)[:, 0], taste).max() < 50257
 
 
 def test_the_repetition_penalty_is_transformers():
@@ -185,12 +188,12 @@ def test_the_repetition_penalty_is_transformers():
     assert torch.equal(penalize(logits, ids, 1.0), logits)
 
 
-def test_chances_are_uniform_and_each_samples_own():
-    chance = chances(3, range(10), 10_000)
+def test_uniforms_are_uniform_and_independent():
+    chance = draw_uniforms(3, range(10), 10_000)
     assert chance.dtype == torch.float64 and chance.min() >= 0 and chance.max() < 1
     # five standard errors of the mean of 100,000, and of its square
     assert abs(chance.mean() - 1 / 2) < 5 * (1 / 12 / 100_000) ** 0.5
     assert abs((chance**2).mean() - 1 / 3) < 5 * (4 / 45 / 100_000) ** 0.5
-    assert torch.equal(chances(3, range(4, 6), 100), chance[4:6, :100])
-    others = torch.cat([chance[:, 0], chances(4, range(10), 1)[:, 0], chances(2, range(10), 1)[:, 0]])
+    assert torch.equal(draw_uniforms(3, range(4, 6), 100), chance[4:6, :100])
+    others = torch.cat([chance[:, 0], draw_uniforms(4, range(10), 1)[:, 0], draw_uniforms(2, range(10), 1)[:, 0]])
     assert len(others.unique()) == 30  # seeds that are neighbours share nothing

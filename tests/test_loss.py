@@ -1,12 +1,13 @@
-"""loss.py against F.cross_entropy of the whole logits."""
+"""linear_cross_entropy against F.cross_entropy of the whole logits."""
+
+from onenight.device import compile_model
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backend import compile_model
-from loss import CHUNK_ROWS, IGNORED, linear_cross_entropy
+from model import CHUNK_ROWS, IGNORED, linear_cross_entropy
 
 C, V = 16, 53
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def test_loss_and_gradients_equal_cross_entropy(rows, ignored):
 
 
 @pytest.mark.parametrize("softcap", [0.5, 15.0])  # one that bends all of these logits, and a usual one
-def test_with_a_softcap_loss_and_gradients_equal_cross_entropy_of_bent_logits(softcap):
+def test_with_a_softcap_loss_and_gradients_equal_cross_entropy(softcap):
     arguments = example(CHUNK_ROWS + 7, ignored=slice(0, 5))
 
     def bent(x, weight, targets):
@@ -125,7 +126,7 @@ def test_gradients_follow_the_scale_of_the_loss(scale):
 
 
 @pytest.mark.parametrize("rows", [CHUNK_ROWS, 16 * CHUNK_ROWS + 100])  # one chunk, and as many as in training
-def test_bfloat16_is_as_close_to_the_truth_as_the_ordinary_way(rows):
+def test_bfloat16_is_as_accurate_as_cross_entropy(rows):
     arguments = example(rows, slice(0, None, 7), dtype=torch.float32)
     truth = loss_and_gradients(ordinary, *in_float64(*arguments))
     theirs = loss_and_gradients(autocast(ordinary), *arguments)
@@ -137,7 +138,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_ordinary_way(rows):
         assert error(mine, true) < 1.5 * error(other, true)
 
 
-def test_bfloat16_loses_no_more_of_a_single_loss_than_the_ordinary_way():
+def test_bfloat16_of_a_single_row_is_as_accurate_as_cross_entropy():
     x, weight, targets = example(400, dtype=torch.float32)
 
     def losses(loss_function, x, weight):  # of one row each: the errors of many would cancel in their mean
@@ -151,7 +152,7 @@ def test_bfloat16_loses_no_more_of_a_single_loss_than_the_ordinary_way():
 # ---- the reason for it all
 
 
-def test_the_logits_are_never_there_at_once():
+def test_the_logits_never_exist_as_a_whole():
     class Largest(TorchDispatchMode):
         numel = 0
 

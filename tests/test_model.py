@@ -9,8 +9,7 @@ from conftest import assert_one_sentence, gpt2_of, nanochat_names, nanochat_of, 
 from transformers import GPT2Config, GPT2LMHeadModel, NanoChatConfig, NanoChatForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from loss import IGNORED, soft_cap
-from model import GPT, GPTConfig
+from model import GPT, IGNORED, GPTConfig, soft_cap
 
 SHAPE = dict(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
 
@@ -129,7 +128,7 @@ def test_modern_loss_and_every_gradient_equal_transformers(architecture):
 
 
 def test_nanochat_starts_as_the_uniform_guess():
-    """Its blocks add nothing and its head prefers nothing; the rest is random."""
+    """Its blocks add nothing, and its head is uniform; the rest is random."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=4, n_embd=64, bias=False,
                           architecture="nanochat"))  # fmt: skip
@@ -211,7 +210,7 @@ def test_gpt2_has_the_known_number_of_parameters():
 # ---- dropout
 
 
-def test_dropout_is_there_in_training_only():
+def test_dropout_is_active_in_training_only():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE, dropout=0.5))
     without = GPT(GPTConfig(**SHAPE, dropout=0.0))
@@ -275,11 +274,11 @@ def test_nanochat_has_no_biases():
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])
-def test_a_dropout_that_is_no_share_is_refused(dropout):
+def test_a_dropout_out_of_range_is_refused(dropout):
     with pytest.raises(ValueError, match="dropout must be in"):
         GPTConfig(dropout=dropout)
 
 
-def test_the_impossible_width_is_one_sentence_at_the_door(tmp_path):
+def test_an_impossible_width_is_one_sentence(tmp_path):
     refused = run("train.py", "--n_embd=512", "--n_head=12", cwd=tmp_path)
     assert_one_sentence(refused, "n_embd=512 cannot be split over n_head=12")

@@ -1,15 +1,16 @@
-"""optimizer.py: who changes which parameter, by how much, and when; and training with Muon at its door."""
+"""optimizer.py: parameter groups, updates and schedules; and train.py with Muon."""
 
 import math
 import re
+
+from onenight.optimizer import make_optimizers, schedule
+from onenight.train_config import TrainConfig
 
 import pytest
 import torch
 from conftest import load, metrics, train
 
 from model import GPT, GPTConfig
-from optimizer import make_optimizers, schedule
-from train_config import TrainConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
 MUON = {"architecture": "nanochat", "optimizer": "muon", "learning_rate": 0.02, "embedding_lr": 0.3, "head_lr": 0.004}
@@ -39,7 +40,7 @@ def test_adamw_decays_the_matrices_and_not_the_vectors():
     assert {(group["lr"], group["betas"]) for group in (decayed, kept)} == {(3e-4, (0.8, 0.99))}
 
 
-def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+def test_muon_updates_the_blocks_matrices_and_adamw_the_rest():
     model, optimizers = make(**MUON, weight_decay=0.05)
     ((matrices, muon),) = groups_by_name(model, optimizers["muon"])
     assert matrices == {name for name, _ in model.named_parameters() if ".h." in name}
@@ -49,7 +50,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert (head, second["lr"], second["weight_decay"]) == ({"lm_head.weight"}, 0.004, 0.0)
 
 
-def test_gpt2_with_muon_keeps_embeddings_positions_and_vectors_with_adamw():
+def test_with_muon_adamw_updates_gpt2s_embeddings_and_vectors():
     model, optimizers = make(**{**MUON, "architecture": "gpt2", "head_lr": 0.0})
     ((matrices, _),) = groups_by_name(model, optimizers["muon"])
     (vectors, _), (embeddings, _) = groups_by_name(model, optimizers["optimizer"])
@@ -60,7 +61,7 @@ def test_gpt2_with_muon_keeps_embeddings_positions_and_vectors_with_adamw():
 
 @pytest.mark.parametrize("shape", [(96, 32), (32, 32), (32, 128)])
 def test_muons_update_is_orthogonal(shape):
-    """What makes it Muon: all singular values of an update are alike, whatever those of the gradient are."""
+    """Muon's property: all singular values of an update are alike, whatever those of the gradient are."""
     torch.manual_seed(0)
     model, optimizers = make(**MUON, weight_decay=0.0)
     parameter = next(p for p in model.transformer.h.parameters() if p.shape == shape)
@@ -96,7 +97,7 @@ def test_without_decay_the_rate_is_constant():
     assert {schedule(TrainConfig(decay_lr=False, warmdown_iters=5), i) for i in (0, 5, 10**6)} == {1.0}
 
 
-# ---- at the door
+# ---- as a process
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_muon_learns_and_logs_the_rate_of_each_group(muon_run):
 
 
 def test_muon_resumes_bit_for_bit(muon_run, bins, tmp_path):
-    """Killed in the middle by max_iters, gone on to the end: as the undisturbed run."""
+    """Stopped in the middle by max_iters and resumed, it equals the undisturbed run."""
     settings = {**MUON, "warmdown_iters": 30, "min_lr": 0.0}
     assert train(bins, tmp_path, **settings, max_iters=20).returncode == 0
     resumed = train(bins, tmp_path, **settings, init_from="resume")
@@ -133,7 +134,7 @@ def test_muon_resumes_bit_for_bit(muon_run, bins, tmp_path):
 
 
 def test_a_rate_changed_at_a_resume_is_used(bins, tmp_path):
-    """The checkpoint has the old one, too; the settings win."""
+    """The settings have priority over the checkpoint."""
     assert train(bins, tmp_path, max_iters=20, weight_decay=0.0).returncode == 0
     before = load(tmp_path)["model"]
     changes = {"learning_rate": 1e-9, "min_lr": 0.0, "weight_decay": 1e8, "max_iters": 21, "decay_lr": False}

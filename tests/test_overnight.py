@@ -1,4 +1,4 @@
-"""What a night can bring: signals, kills, damaged files, a full disk, bad numbers, other settings, more processes."""
+"""Faults of a long run: signals, kills, damaged files, a full disk, NaN, changed settings, several processes."""
 
 import contextlib
 import json
@@ -12,20 +12,32 @@ import sys
 import time
 from pathlib import Path
 
+from onenight.device import Ranks
+from onenight.metrics import Metrics, Pace
+from onenight.train_config import TrainConfig
+from onenight.trainer import Trainer
+
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_sentence, load, make_bins, metrics, start, train, wait_for
+from conftest import (
+    ROOT,
+    TINY,
+    assert_one_sentence,
+    load,
+    make_bins,
+    metrics,
+    start,
+    start_training,
+    train,
+    wait_for_iter,
+    wait_for_line,
+)
 
 import train as train_script
-from metrics import Metrics
-from pace import Pace
-from ranks import Ranks
-from train_config import TrainConfig
-from trainer import Trainer
 
 
 def losses(out_dir):
-    """What the metrics hold, without the times."""
+    """The metrics without the times."""
     kept = ("iter", "tokens", "train_loss", "val_loss", "train_loss_eval", "lr")
     return [{key: record[key] for key in kept if key in record} for record in metrics(out_dir)]
 
@@ -66,8 +78,8 @@ def test_stopped_and_resumed_is_the_same_run(bins, tmp_path, changes, number):
     if changes.get("compile") and number == signal.SIGTERM:
         pytest.skip("compiling takes long, and does not depend on the signal")
     assert train(bins, tmp_path / "whole", **changes).returncode == 0
-    process = start(bins, tmp_path / "parts", **changes)
-    wait_for(process, "iter 12:")
+    process = start_training(bins, tmp_path / "parts", **changes)
+    wait_for_line(process, "iter 12:")
     process.send_signal(number)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
@@ -81,8 +93,8 @@ def test_stopped_and_resumed_is_the_same_run(bins, tmp_path, changes, number):
 
 
 def test_a_second_ctrl_c_stops_at_once(bins, tmp_path):
-    process = start(bins, tmp_path, max_iters=10**6, lr_decay_iters=10**6, gradient_accumulation_steps=10**6)
-    wait_for(process, "step 0:")  # in an iteration that would take hours
+    process = start_training(bins, tmp_path, max_iters=10**6, lr_decay_iters=10**6, gradient_accumulation_steps=10**6)
+    wait_for_line(process, "step 0:")  # in an iteration that would take hours
     process.send_signal(signal.SIGINT)
     for line in process.stderr:
         if "Ctrl-C again" in line:
@@ -93,14 +105,16 @@ def test_a_second_ctrl_c_stops_at_once(bins, tmp_path):
 
 
 def test_killed_at_random_moments_it_is_the_same_run(bins, tmp_path):
-    """kill -9, five times in a run that saves every 10 iterations; benchmarks/torture_train.py does it more often."""
+    """kill -9, five times in a run that saves every 10 iterations; tests/torture/train.py does it more often."""
     changes = {"max_iters": 150, "eval_interval": 10, "dropout": 0.1}
     assert train(bins, tmp_path / "whole", **changes).returncode == 0
     out_dir = tmp_path / "parts"
     random.seed(5)
     for iteration in sorted(random.sample(range(11, 140), 5)):
-        process = start(bins, out_dir, init_from="resume" if (out_dir / "ckpt.pt").exists() else "scratch", **changes)
-        wait_for(process, f"iter {iteration}:")
+        process = start_training(
+            bins, out_dir, init_from="resume" if (out_dir / "ckpt.pt").exists() else "scratch", **changes
+        )
+        wait_for_iter(process, iteration)
         time.sleep(random.random() / 20)
         process.kill()
         process.communicate()
@@ -129,8 +143,8 @@ def test_a_disk_that_fills_keeps_the_checkpoint(bins, tmp_path):
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path]).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        process = start(bins, tmp_path / "out", max_iters=10**6, lr_decay_iters=10**6)
-        wait_for(process, "iter 25:")
+        process = start_training(bins, tmp_path / "out", max_iters=10**6, lr_decay_iters=10**6)
+        wait_for_line(process, "iter 25:")
         good = load(tmp_path / "out")["iter_num"]
         with open(tmp_path / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
@@ -149,7 +163,7 @@ def test_a_disk_that_fills_keeps_the_checkpoint(bins, tmp_path):
 
 
 class Poisoned:
-    """A forward pass whose loss is not a number in the iterations named."""
+    """A forward pass whose loss is NaN in chosen iterations."""
 
     def __init__(self, trainer, is_poisoned):
         self.trainer, self.is_poisoned = trainer, is_poisoned
@@ -163,45 +177,45 @@ class Poisoned:
 def run_poisoned(bins, out_dir, is_poisoned, **changes):
     settings = {**TINY, "dataset": str(bins), "out_dir": str(out_dir), **changes}
     trainer = Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
-    trainer.forward = Poisoned(trainer, is_poisoned)
+    trainer.compiled_model = Poisoned(trainer, is_poisoned)
     out_dir.mkdir(exist_ok=True)
     train_script.train(trainer, Metrics(out_dir), Pace(trainer, 1.0), out_dir, train_script.StopSignal())
     return trainer
 
 
-def test_a_bad_iteration_is_left_out(bins, tmp_path, capsys):
-    trainer = run_poisoned(bins, tmp_path, lambda trainer: trainer.iter_num in (7, 8, 30))
-    assert trainer.iter_num == 45 and trainer.skipped_iters == 3
+def test_an_iteration_with_a_nan_loss_makes_no_update(bins, tmp_path, capsys):
+    trainer = run_poisoned(bins, tmp_path, lambda trainer: trainer.progress.iter_num in (7, 8, 30))
+    assert trainer.progress.iter_num == 45 and trainer.progress.skipped_iters == 3
     assert load(tmp_path)["skipped_iters"] == 3
-    assert trainer.best_val_loss < 3  # and it learns as ever
+    assert trainer.progress.best_val_loss < 3  # and it learns as ever
     assert len(re.findall("not finite, no update", capsys.readouterr().out)) == 3
 
 
-def test_bad_data_is_gone_around(bins, tmp_path, capsys):
-    """Windows 25 to 35 iterations in are poison: five bad iterations lead back to iteration 20, and on past them."""
+def test_bad_data_is_skipped_after_going_back(bins, tmp_path, capsys):
+    """The windows of iterations 25 to 34 give NaN: five of them lead back to iteration 20, with the data continuing."""
     poison = range(25 * 16, 35 * 16)
-    trainer = run_poisoned(bins, tmp_path, lambda trainer: trainer.position in poison)
-    assert trainer.iter_num == 45 and trainer.skipped_iters == 10
-    assert trainer.position == (25 + 5 + 5 + 25) * 16  # from 30 and 25 back to 20, with the data going on
+    trainer = run_poisoned(bins, tmp_path, lambda trainer: trainer.progress.position in poison)
+    assert trainer.progress.iter_num == 45 and trainer.progress.skipped_iters == 10
+    assert trainer.progress.position == (25 + 5 + 5 + 25) * 16  # from 30 and 25 back to 20, with the data going on
     assert "back to iter 20, with other data ahead" in capsys.readouterr().out
     assert [r["iter"] for r in metrics(tmp_path) if "train_loss" in r] == list(range(45))
     assert all(torch.isfinite(value).all() for value in load(tmp_path)["model"].values())
 
 
-def test_numbers_that_stay_bad_end_the_run_with_a_good_checkpoint(bins, tmp_path):
+def test_a_loss_that_stays_nan_ends_the_run_with_a_good_checkpoint(bins, tmp_path):
     with pytest.raises(SystemExit, match="learning_rate.*ckpt.pt is good"):
-        run_poisoned(bins, tmp_path, lambda trainer: trainer.iter_num >= 25)
+        run_poisoned(bins, tmp_path, lambda trainer: trainer.progress.iter_num >= 25)
     assert load(tmp_path)["iter_num"] == 20
     with pytest.raises(SystemExit, match="before any checkpoint"):
         run_poisoned(bins, tmp_path / "other", lambda trainer: True)
 
 
 def test_weights_that_are_not_finite_are_never_saved(bins, tmp_path):
-    """They go bad in the iteration before a checkpoint is due, once."""
+    """They become infinite in the iteration before a checkpoint is due, once."""
     done = []
 
     def break_weights(trainer):
-        if trainer.iter_num == 40 and not done:  # asked during iteration 40; the next evaluation is at 45
+        if trainer.progress.iter_num == 40 and not done:  # asked during iteration 40; the next evaluation is at 45
             done.append(True)
             trainer.optimizers["optimizer"].register_step_post_hook(
                 lambda *_: break_one(trainer) if len(done) < 2 else None
@@ -214,13 +228,13 @@ def test_weights_that_are_not_finite_are_never_saved(bins, tmp_path):
             trainer.model.transformer.wpe.weight[31] = float("inf")  # of the last position
 
     trainer = run_poisoned(bins, tmp_path, break_weights, max_iters=41)
-    assert trainer.iter_num == 41 and len(done) == 2
+    assert trainer.progress.iter_num == 41 and len(done) == 2
     for name in ("ckpt.pt", "ckpt-previous.pt", "best.pt"):
         assert all(torch.isfinite(value).all() for value in load(tmp_path, name)["model"].values())
 
 
 def test_a_plateau_ends_the_run(bins, tmp_path):
-    """With a learning rate of nothing no evaluation improves on the first."""
+    """With a learning rate of 0 no evaluation is better than the first."""
     changes = {"learning_rate": 0.0, "min_lr": 0.0, "eval_interval": 5, "early_stop_patience": 3}
     result = train(bins, tmp_path, **changes)
     assert result.returncode == 0, result.stderr
@@ -230,7 +244,7 @@ def test_a_plateau_ends_the_run(bins, tmp_path):
     assert load(tmp_path / "other")["iter_num"] == 5, impatient.stderr  # it learns, but never by 9 nats at once
 
 
-def test_resume_tells_what_changed(bins, undisturbed, tmp_path):
+def test_resume_reports_changed_settings(bins, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     result = train(bins, tmp_path, init_from="resume", max_iters=50, weight_decay=0.2)
     assert result.returncode == 0, result.stderr
@@ -241,7 +255,7 @@ def test_resume_tells_what_changed(bins, undisturbed, tmp_path):
     assert [r["iter"] for r in metrics(tmp_path) if "train_loss" in r] == list(range(50))
 
 
-def test_other_data_are_refused_unless_told(undisturbed, tmp_path):
+def test_other_data_are_refused_unless_allowed(undisturbed, tmp_path):
     data, out_dir = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     make_bins(data)
@@ -251,7 +265,7 @@ def test_other_data_are_refused_unless_told(undisturbed, tmp_path):
     assert train(data, out_dir, init_from="resume", max_iters=50, allow_new_data=True).returncode == 0
 
 
-def test_wandb_goes_on_in_the_same_run(bins, tmp_path):
+def test_wandb_continues_the_same_run(bins, tmp_path):
     out_dir, env = tmp_path / "out", {"HOME": str(tmp_path), "WANDB_API_KEY": None, "WANDB_MODE": None}
     for changes in ({"max_iters": 2}, {"max_iters": 4, "init_from": "resume"}):
         assert train(bins, out_dir, wandb_log=True, env=env, **changes).returncode == 0
@@ -259,7 +273,7 @@ def test_wandb_goes_on_in_the_same_run(bins, tmp_path):
     assert len(runs) == 2 and len({name.rsplit("-")[-1] for name in runs}) == 1
 
 
-def test_the_summary_tells_the_run(bins, tmp_path):
+def test_the_summary_matches_the_run(bins, tmp_path):
     result = train(bins, tmp_path, max_iters=45)
     lines = dict(line.split(": ", 1) for line in result.stdout.splitlines() if re.match("[a-z_ ]+: ", line))
     assert lines["iterations"] == "45" and lines["tokens"] == f"{45 * 512:,}" and lines["skipped_iterations"] == "0"
@@ -280,7 +294,7 @@ def torchrun(processes, bins, out_dir, script=ROOT / "train.py", **changes):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_many_processes_train_as_one(bins, undisturbed, tmp_path, processes):
-    """Stopped and resumed with one process more or less: losses of the run with one, to the rounding of float32."""
+    """Resumed with another number of processes: the losses of a single process, to the rounding of float32."""
     result = torchrun(processes, bins, tmp_path, max_iters=20)
     assert result.returncode == 0, result.stderr
     assert len(re.findall("^iter 5:", result.stdout, re.M)) == 1  # one process prints
@@ -298,7 +312,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(bins, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the names of threads are read from Linux's /proc")
 def test_no_thread_of_the_group_outlives_the_run(bins, tmp_path):
-    """One that lets go of a tensor while Python is being shut down aborts the process: seen once in many runs."""
+    """A thread that frees a tensor while Python shuts down aborts the process: seen once in many runs."""
     script = tmp_path / "script.py"
     script.write_text(
         f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
@@ -315,14 +329,12 @@ def test_no_thread_of_the_group_outlives_the_run(bins, tmp_path):
 
 def test_any_signal_stops_all_processes(bins, tmp_path):
     settings = {**TINY, "dataset": bins, "out_dir": tmp_path, "max_iters": 10**6, "lr_decay_iters": 10**6}
-    command = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [ROOT / "train.py", *(f"--{key}={value}" for key, value in settings.items())]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    wait_for(process, "iter 22:")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    process = start(command, *(f"--{key}={value}" for key, value in settings.items()))
+    wait_for_line(process, "iter 22:")
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGTERM)  # only one, and not the launcher
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    assert "stopped; go on" in stdout
+    assert "stopped at iter" in stdout
     assert load(tmp_path)["iter_num"] >= 23

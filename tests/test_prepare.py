@@ -1,4 +1,4 @@
-"""What prepare_single_parquet.py makes of parquet files, against ten lines of tiktoken and numpy; what it refuses."""
+"""prepare_single_parquet.py against a reference of tiktoken and numpy; and what it refuses."""
 
 import hashlib
 import itertools
@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from onenight import make_demo
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -23,7 +25,6 @@ from pyarrow import parquet
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext import openai_public
 
-import make_demo_parquet
 import prepare_single_parquet
 
 PREPARE = "prepare_single_parquet.py"
@@ -175,14 +176,14 @@ def test_small_files(tmp_path):
 
 def test_the_demo_file_is_like_fineweb(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(make_demo_parquet, "MAX_TOKENS", 20_000)
+    monkeypatch.setattr(make_demo, "MAX_TOKENS", 20_000)
     odd = [
         ("lone", "a\ud800b"),
         ("special", "<|endoftext|>"),
-        *itertools.islice(make_demo_parquet.read_documents(), 79),
+        *itertools.islice(make_demo.read_documents(), 79),
     ]
-    monkeypatch.setattr(make_demo_parquet, "read_documents", lambda: odd)
-    make_demo_parquet.main()
+    monkeypatch.setattr(make_demo, "read_documents", lambda: odd)
+    make_demo.main()
     table = parquet.read_table("data/demo/train/docs.parquet")
     fineweb = "text id dump url date file_path language language_score token_count"
     assert table.column_names == fineweb.split()
@@ -196,7 +197,7 @@ ODD_TEXT = st.text(st.characters(), max_size=30) | st.text(st.characters(categor
 
 
 def column_of(texts, kind):
-    """An Arrow array; the bytes of lone surrogates get into string columns too, as in files that exist."""
+    """An Arrow array; string columns may hold the bytes of lone surrogates too, as some real files do."""
     values = getattr(kind, "value_type", kind)
     raw = [None if text is None else text.encode("utf-8", "surrogatepass") for text in texts]
     binary = {pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view(), pa.string(): pa.binary()}
@@ -309,7 +310,7 @@ def bad_files(source, tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trunkated.parquet"], "trunkated.parquet: no such file or folder; did you mean truncated.parquet?"),
+        (["trunkated.parquet"], "; did you mean truncated.parquet?"),
         (["empty_folder"], "no .parquet file in this folder"),
         ([], "data/fineweb/train: no such file or folder"),
         (["truncated.parquet"], "not a whole parquet file"),
@@ -319,7 +320,7 @@ def bad_files(source, tmp_path_factory):
         (["twice.parquet"], "needs one column 'text', but has text, text"),
         (["numbers.parquet"], "column 'text' holds int64, not text"),
         (["garbage.parquet"], "is damaged"),
-        (["numbers.parquet", "--val_fraction=1"], "val_fraction must be between 0 and 1"),
+        (["numbers.parquet", "--val_fraction=1"], "val_fraction must be more than 0 and less than 1, not 1.0"),
         (["numbers.parquet", "--val_fractoin=0.1"], "did you mean val_fraction?"),
         (["content.parquet", "--text_column=id", "--out_dir=zero.parquet"], "zero.parquet: cannot be written to"),
         (["--verify", "--out_dir=empty_folder"], "has no train.bin"),
@@ -337,7 +338,7 @@ def test_bad_input_gets_one_sentence(arguments, words, bad_files, tmp_path):
 
 
 def without_privileges(*command):
-    """The command as it would run for a user whom permissions bind."""
+    """The command as run by a user without root's rights."""
     if os.name != "posix":
         pytest.skip("permission bits bind nobody here")
     if os.getuid() != 0:
@@ -348,7 +349,7 @@ def without_privileges(*command):
     return ("setpriv", f"--inh-caps={capabilities}", f"--bounding-set={capabilities}", *command)
 
 
-def test_what_may_not_be_read_or_written(tmp_path):
+def test_missing_permissions_are_one_sentence(tmp_path):
     closed, locked = write_parquet(tmp_path / "closed.parquet", ["a", "b"]), tmp_path / "locked"
     locked.mkdir()
     opened = write_parquet(tmp_path / "open.parquet", ["a", "b"])

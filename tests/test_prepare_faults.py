@@ -1,4 +1,4 @@
-"""prepare_single_parquet.py killed, interrupted, or out of disk: it continues, and in the end nothing shows of it."""
+"""prepare_single_parquet.py killed, interrupted, or out of disk space: it continues to the same result."""
 
 import json
 import os
@@ -10,23 +10,20 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, assert_one_sentence, run, write_parquet
+from conftest import ROOT, assert_one_sentence, run, start, wait_until, write_parquet
 from test_prepare import PREPARE, TEXTS, read_bins, reference_bins
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, fork and resource limits")
 
 
-@pytest.fixture(scope="module")
-def impatient(tmp_path_factory):
-    """The script with a checkpoint every 20 ms, so that a run of half a second has many."""
-    folder = tmp_path_factory.mktemp("impatient")
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
-    (folder / "data").symlink_to(ROOT / "data")
-    code = (folder / PREPARE).read_text()
-    assert "\nCHECKPOINT_S = 2 " in code
-    (folder / PREPARE).write_text(code.replace("\nCHECKPOINT_S = 2 ", "\nCHECKPOINT_S = 0.02 "))
-    return folder / PREPARE
+# The script with a checkpoint every 20 ms, so that a run of half a second has many.
+IMPATIENT = ["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare_single_parquet as script; "
+             "script.run_interruptibly(script.main, sys.argv[1:], checkpoint_s=0.02)"]  # fmt: skip
+
+
+def run_impatient(*arguments, **options):
+    command = [sys.executable, *IMPATIENT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +35,6 @@ def long_source(tmp_path_factory):
     )
 
 
-def start(script, *arguments):
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come to that"
-        time.sleep(0.002)
-
-
 def rows_done(out_dir):
     try:
         return json.loads((out_dir / "prepare.json").read_text())["state"]["rows"]
@@ -57,15 +42,15 @@ def rows_done(out_dir):
         return 0
 
 
-def test_killed_at_random_moments_it_continues(impatient, long_source, tmp_path):
+def test_killed_at_random_moments_it_continues(long_source, tmp_path):
     (source, expected), out_dir, rng = long_source, tmp_path / "out", random.Random(1)
-    whole = run(impatient, source, f"--out_dir={tmp_path / 'whole'}")
+    whole = run_impatient(source, f"--out_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     reached = [0]
     for how in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
-        process = start(impatient, source, f"--out_dir={out_dir}")
+        process = start(IMPATIENT, source, f"--out_dir={out_dir}")
         # Some of the work is done, then any moment: by then a run of its own has about half a second left.
-        wait_for(lambda running=process: rows_done(out_dir) > reached[-1] or running.poll() is not None)
+        wait_until(lambda running=process: rows_done(out_dir) > reached[-1] or running.poll() is not None)
         time.sleep(rng.uniform(0, 0.1))
         process.send_signal(how)
         output, errors = process.communicate()
@@ -79,7 +64,7 @@ def test_killed_at_random_moments_it_continues(impatient, long_source, tmp_path)
         reached.append(rows_done(out_dir))
         assert reached[-1] > reached[-2]
     assert len(reached) > 3  # that is, it was killed three times before it was done
-    result = run(impatient, source, f"--out_dir={out_dir}")
+    result = run_impatient(source, f"--out_dir={out_dir}")
     assert result.returncode == 0
     assert f"continuing at row {reached[-1]:,}\n" in result.stdout or "complete already" in result.stdout
     assert read_bins(out_dir) == expected == read_bins(tmp_path / "whole")
@@ -87,10 +72,10 @@ def test_killed_at_random_moments_it_continues(impatient, long_source, tmp_path)
     assert sorted(path.name for path in out_dir.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_other_settings_or_input_do_not_continue_in_silence(impatient, long_source, tmp_path):
+def test_other_settings_or_input_are_refused(long_source, tmp_path):
     (source, expected), out_dir = long_source, tmp_path / "out"
-    process = start(impatient, source, f"--out_dir={out_dir}")
-    wait_for(lambda: rows_done(out_dir))
+    process = start(IMPATIENT, source, f"--out_dir={out_dir}")
+    wait_until(lambda: rows_done(out_dir))
     process.kill()
     process.communicate()
     raw = bytearray(source.read_bytes())
@@ -169,7 +154,7 @@ print(step)
 
 @pytest.mark.parametrize("before", ["nothing", "other bins"])
 @pytest.mark.parametrize("fault", ["kill", "full disk"])
-def test_no_step_of_writing_and_renaming_can_spoil_it(fault, before, tmp_path):
+def test_a_fault_at_any_step_of_writing_leaves_whole_files(fault, before, tmp_path):
     old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
     source = write_parquet(tmp_path / "a.parquet", TEXTS[:300])
     old.mkdir()
@@ -187,8 +172,8 @@ def test_no_step_of_writing_and_renaming_can_spoil_it(fault, before, tmp_path):
 def test_it_stops_within_a_second_even_in_a_very_long_document(how, tmp_path):
     one_word = "".join(random.Random(3).choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000))  # seconds for its thread
     source = write_parquet(tmp_path / "a.parquet", [*TEXTS[:500], one_word])
-    process = start(ROOT / PREPARE, source, f"--out_dir={tmp_path / 'out'}")
-    wait_for((tmp_path / "out" / "train.bin.partial").exists)
+    process = start(PREPARE, source, f"--out_dir={tmp_path / 'out'}")
+    wait_until((tmp_path / "out" / "train.bin.partial").exists)
     time.sleep(0.3)
     assert process.poll() is None
     sent = time.monotonic()
@@ -196,14 +181,14 @@ def test_it_stops_within_a_second_even_in_a_very_long_document(how, tmp_path):
     output, errors = process.communicate()
     assert time.monotonic() - sent < 1
     assert process.returncode == 130
-    assert "stopped; the same command goes on from here" in output
+    assert "stopped; the same command continues from here" in output
     assert errors == ""
     assert not (tmp_path / "out" / "train.bin").exists()
 
 
 @pytest.fixture(scope="module")
 def dense_source(tmp_path_factory):
-    """Text with far more tokens than its bytes would have in English, so that the estimate lets it start."""
+    """Text with far more tokens per byte than English, so that the estimate of the space is too low."""
     rng = random.Random(2)
     many = ["".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(500)) for _ in range(1000)]
     expected = reference_bins(many)
@@ -230,39 +215,32 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_ends_in_a_sentence_and_continues_after_room_is_made(impatient, dense_source, small_disk):
+def test_a_full_disk_ends_in_a_sentence_and_continues_after_room_is_made(dense_source, small_disk):
     (source, expected), (disk, enlarge) = dense_source, small_disk
-    result = run(impatient, source, f"--out_dir={disk}")
-    assert_one_sentence(result, "No space left on device; mend that, and the same command goes on from here")
+    result = run_impatient(source, f"--out_dir={disk}")
+    assert_one_sentence(result, "No space left on device; once that is solved, the same command continues from here")
     assert not (disk / "train.bin").exists()
     done = rows_done(disk)
     assert done > 0
-    assert_one_sentence(
-        run(impatient, source, f"--out_dir={disk}"), ""
-    )  # once more without room: refused, nothing lost
+    assert_one_sentence(run_impatient(source, f"--out_dir={disk}"), "")  # once more without room: refused, nothing lost
     assert rows_done(disk) >= done
     enlarge()
-    result = run(impatient, source, f"--out_dir={disk}")
+    result = run_impatient(source, f"--out_dir={disk}")
     assert result.returncode == 0, result.stderr
     assert "continuing at row" in result.stdout
     assert read_bins(disk) == expected
 
 
-def test_a_file_size_limit_ends_in_a_sentence_and_continues(impatient, dense_source, tmp_path):
+def test_a_file_size_limit_ends_in_a_sentence_and_continues(dense_source, tmp_path):
     import resource
 
     source, expected = dense_source
-    command = [sys.executable, impatient, source, f"--out_dir={tmp_path}"]
     limit = 1_200_000
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert_one_sentence(result, "File too large; mend that, and the same command goes on from here")
+    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    result = run_impatient(source, f"--out_dir={tmp_path}", **limited)
+    assert_one_sentence(result, "File too large; once that is solved, the same command continues from here")
     assert not (tmp_path / "train.bin").exists()
-    assert "continuing at row" in run(impatient, source, f"--out_dir={tmp_path}").stdout
+    assert "continuing at row" in run_impatient(source, f"--out_dir={tmp_path}").stdout
     assert read_bins(tmp_path) == expected
 
 

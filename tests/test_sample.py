@@ -1,4 +1,4 @@
-"""sample.py at its doors, against transformers' generate."""
+"""sample.py against transformers' generate."""
 
 import io
 import os
@@ -6,19 +6,21 @@ import re
 import subprocess
 import sys
 
+from onenight.tokenizer import EOT, get_encoding
+
 import pytest
 import torch
-from conftest import ROOT, assert_one_sentence, gpt2_of
+from conftest import ROOT, SmallMemory, assert_one_sentence, gpt2_of
 
+from configurator import configure
 from model import GPT, GPTConfig
 from sample import Page, SampleConfig, Text, main, write_batch, write_samples
-from tokenizer import EOT, get_encoding
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "bias": True, "dropout": 0.1, "vocab_size": 50304}
 
 
 def save(folder, change=lambda weights: None, prefix=""):
-    """An untrained model as a checkpoint, its weights enlarged so that it has opinions."""
+    """An untrained model as a checkpoint, with weights enlarged so that its predictions are clear."""
     torch.manual_seed(0)
     weights = {name: value * 8 for name, value in GPT(GPTConfig(**SHAPE)).state_dict().items()}
     change(weights)
@@ -39,7 +41,7 @@ def door(out_dir, *flags, stdin=None):
 
 
 def sample(out_dir, *flags, stdin=""):
-    """The same without the seconds that a new Python takes."""
+    """sample.py in this process, which is faster."""
     streams = [
         io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
         for content in (stdin.encode(errors="surrogatepass"), b"", b"")
@@ -76,7 +78,7 @@ def test_greedy_is_that_of_transformers(penalty, tmp_path):
 
 
 def want(token, strength=10.0):
-    """A change of weights: a model that wants nothing but this token (or these, as a slice)."""
+    """A change of weights: a model that always predicts this token (or these, as a slice)."""
 
     def change(weights):
         weights["transformer.ln_f.weight"].zero_()
@@ -87,7 +89,7 @@ def want(token, strength=10.0):
 
 
 def test_padded_ids_are_never_drawn(tmp_path):
-    """A model that wants nothing but the ids past 50256, which tiktoken cannot decode."""
+    """A model that predicts only ids beyond 50256, which tiktoken cannot decode."""
     save(tmp_path, want(slice(50257, None)))
     for flag in ("--temperature=0", "--temperature=1.5", "--top_k=0", "--top_k=3", "--top_p=0.5"):
         result = sample(tmp_path, flag)
@@ -133,7 +135,7 @@ def test_the_last_line_tells_the_speed_and_only_text_is_on_stdout(tmp_path):
     assert "tokens/s" not in result.stdout and result.stdout.startswith("So")
 
 
-def test_a_context_that_slides_is_said_once(tmp_path):
+def test_a_sliding_context_is_announced_once(tmp_path):
     save(tmp_path)  # block_size 48
     assert "the model sees" not in sample(tmp_path, "--start=So").stderr
     result = door(tmp_path, "--interactive", "--max_new_tokens=60", stdin="So\nSo\n")
@@ -152,7 +154,7 @@ def test_the_prompt_from_stdin(tmp_path):
 
 
 def test_interactive(tmp_path):
-    """Each prompt gets one sample; the same prompt again another one; the same session the same text."""
+    """Each prompt gets one sample; a repeated prompt another one; a repeated session the same text."""
     save(tmp_path)
     result = sample(tmp_path, "--interactive", "--num_samples=7", stdin="So\nAnd\nSo\n")
     assert result.returncode == 0, result.stderr
@@ -164,7 +166,7 @@ def test_interactive(tmp_path):
 
 
 def test_text_streams(monkeypatch):
-    """Between two tokens all of the first sample is out; the others follow when it has ended, in their order."""
+    """The first sample is written token by token; the others follow in their order when it has ended."""
     out, written = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
     monkeypatch.setattr(sys, "stdout", out)
 
@@ -181,7 +183,7 @@ def test_text_streams(monkeypatch):
     assert out.buffer.getvalue().decode() == f">ab{dashes}>d{dashes}"
 
 
-def test_who_stops_reading_stops_it_without_a_word(tmp_path):
+def test_a_closed_pipe_ends_it_silently(tmp_path):
     save(tmp_path)
     command = [sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path}", "--device=cpu", "--max_new_tokens=1000000"]
     process = subprocess.Popen([*command, "--start=Once"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -211,20 +213,6 @@ def test_unfinished_characters_are_held_back(text):
 # ---- when memory runs out
 
 
-class Small:
-    """A model that runs out of memory, as CUDA says it, with over `limit` rows in its cache at the `nth` call."""
-
-    def __init__(self, model, limit, nth):
-        self.model, self.config, self.lm_head, self.limit, self.nth = model, model.config, model.lm_head, limit, nth
-        self.calls = 0
-
-    def __call__(self, ids, cache, positions):
-        self.calls += 1
-        if len(ids) > self.limit and self.calls >= self.nth:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.54 GiB.")
-        return self.model(ids, cache=cache, positions=positions)
-
-
 def written(model, capsys, num_samples=7):
     config = SampleConfig(max_new_tokens=20, temperature=1.0)
     write_samples(model, None, config, "float32", "So", range(num_samples))
@@ -237,12 +225,12 @@ def test_out_of_memory_is_the_same_text_in_smaller_batches(limit, nth, capsys):
     model = GPT(GPTConfig(**SHAPE)).eval()
     expected = written(model, capsys)
     assert expected.count("---------------\n") == 7
-    assert written(Small(model, limit, nth), capsys) == expected
+    assert written(SmallMemory(model, limit, nth), capsys) == expected
 
 
 def test_out_of_memory_with_one_sample_is_the_end(capsys):
     with pytest.raises(SystemExit, match="out of memory with a single sample"):
-        written(Small(GPT(GPTConfig(**SHAPE)).eval(), 0, 0), capsys)
+        written(SmallMemory(GPT(GPTConfig(**SHAPE)).eval(), 0), capsys)
 
 
 # ---- bad input
@@ -261,11 +249,11 @@ def test_bad_checkpoints_are_one_sentence(content, words, tmp_path):
     assert_one_sentence(door(tmp_path), words)
 
 
-def test_settings_that_cannot_be():
-    with pytest.raises(ValueError) as refused:
-        SampleConfig(num_samples=0, max_new_tokens=0, temperature=-1, top_k=-1, seed=-1, top_p=0, repetition_penalty=0)
+def test_settings_out_of_range_are_refused():
     keys = ["num_samples", "max_new_tokens", "temperature", "top_k", "seed", "top_p", "repetition_penalty"]
-    assert [line.split()[0] for line in str(refused.value).splitlines()] == keys
+    with pytest.raises(SystemExit) as refused:
+        configure(SampleConfig, [f"--{key}={0 if key[:3] in ('num', 'max', 'rep') else -1}" for key in keys], "")
+    assert [re.search(r": (\w+) must be", line)[1] for line in str(refused.value).splitlines()] == keys
 
 
 def test_other_bad_input_is_one_sentence(tmp_path):
@@ -275,4 +263,4 @@ def test_other_bad_input_is_one_sentence(tmp_path):
     assert_one_sentence(sample(tmp_path, "--device=cuda:77"), "device=cuda:77")
     checkpoint["model_args"]["n_layer"] = 3
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    assert_one_sentence(sample(tmp_path), "do not fit")
+    assert_one_sentence(sample(tmp_path), "do not match")

@@ -1,17 +1,16 @@
 """The tokenizer is GPT-2's: against tiktoken's own recipe, published ids, and inputs that tiktoken refuses."""
 
 import inspect
-import shutil
+
+from onenight.tokenizer import EOT, RANKS_SHA256, VOCAB_SIZE, encode_document, encode_documents, get_encoding
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_sentence, run, write_parquet
+from conftest import assert_one_sentence, copy_project, run, write_parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare import GPT2
 from tiktoken_ext import openai_public
-
-from tokenizer import EOT, RANKS_SHA256, VOCAB_SIZE, encode_document, encode_documents, get_encoding
 
 # Published examples: GPT-2's ids in the documentation of tiktoken and transformers, and often quoted ones.
 PUBLISHED = {
@@ -81,13 +80,13 @@ def test_runs_that_tiktoken_can_take_are_not_cut():
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_damaged_rank_file(damage, tmp_path):
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    (tmp_path / "data").mkdir()
+    project = copy_project(tmp_path / "project")
+    ranks = project / "data" / "gpt2.tiktoken"
+    raw = ranks.read_bytes()
+    ranks.unlink()
     if damage == "changed":
-        raw = (ROOT / "data" / "gpt2.tiktoken").read_bytes()
-        (tmp_path / "data" / "gpt2.tiktoken").write_bytes(raw.replace(b" 1000\n", b" 1001\n", 1))
+        ranks.write_bytes(raw.replace(b" 1000\n", b" 1001\n", 1))
     parquet = write_parquet(tmp_path / "a.parquet", ["one", "two"])
-    result = run(tmp_path / "prepare_single_parquet.py", parquet, "--out_dir=out", cwd=tmp_path)
+    result = run(project / "prepare_single_parquet.py", parquet, "--out_dir=out", cwd=tmp_path)
     assert_one_sentence(result, "restore it with: git checkout")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""train.py at its doors: the lines it prints, the files it leaves, what it refuses; and its arithmetic."""
+"""train.py: its output, its files, what it refuses, and its arithmetic."""
 
 import math
 import re
@@ -72,10 +72,10 @@ def test_val_loss_is_that_of_another_gpt2_on_every_token(finished, bins):
 
 def test_a_step_is_that_of_a_plain_loop(bins):
     """Three iterations against transformers' GPT-2 with torch's AdamW, the micro-batches taken as one batch."""
-    from loader import TrainWindows
-    from ranks import Ranks
-    from train_config import TrainConfig
-    from trainer import Trainer
+    from onenight.dataset import TrainWindows
+    from onenight.device import Ranks
+    from onenight.train_config import TrainConfig
+    from onenight.trainer import Trainer
 
     settings = {**TINY, "dataset": str(bins), "weight_decay": 0.3, "grad_clip": 0.5}
     trainer = Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
@@ -107,7 +107,7 @@ def test_a_step_is_that_of_a_plain_loop(bins):
             torch.testing.assert_close(ours, value, rtol=0, atol=2e-4)
 
 
-def test_resume_goes_on_and_a_finished_run_says_so(bins, tmp_path):
+def test_resume_continues_and_reports_a_finished_run(bins, tmp_path):
     first = train(bins, tmp_path, max_iters=20)
     assert first.returncode == 0, first.stderr
     again = train(bins, tmp_path)
@@ -142,7 +142,7 @@ def test_formats(bins, tmp_path):
     assert result.returncode == 0 and "float16 needs a GPU: using float32" in result.stdout
 
 
-def test_without_a_compiler_it_goes_on(bins, tmp_path):
+def test_without_a_compiler_it_trains_uncompiled(bins, tmp_path):
     env = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     result = train(bins, tmp_path / "out", compile=True, max_iters=1, env=env)
     assert result.returncode == 0, result.stderr
@@ -190,7 +190,7 @@ def test_bad_input_is_one_sentence(damage, changes, words, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_an_out_dir_that_cannot_be_is_one_sentence(bins, tmp_path):
+def test_an_out_dir_that_cannot_be_created_is_one_sentence(bins, tmp_path):
     (tmp_path / "file").write_text("")
     assert_one_sentence(train(bins, tmp_path / "file"), "cannot be written")
 

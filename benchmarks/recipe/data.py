@@ -13,13 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import ROOT  # noqa: F401  (the project's folder is on the path now)
+from onenight.tokenizer import PATTERN, read_ranks
+
 import numpy as np
 import tiktoken
 from pyarrow import parquet
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from configurator import configure, setting
-from tokenizer import PATTERN, read_ranks
 
 VOCAB_SIZE = 4096
 END_OF_TEXT = VOCAB_SIZE - 1

@@ -11,7 +11,6 @@ changes it.
 """
 
 import dataclasses
-import datetime
 import json
 import os
 import statistics
@@ -20,7 +19,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
 # glibc gives the memory of the logits back to the system and fetches it again, which takes longer than the arithmetic.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
@@ -31,18 +29,18 @@ if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
     os.environ |= {**KEEP_MEMORY, "GOMP_SPINCOUNT": "10000"}
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import circumstances
+from onenight.device import Ranks, choose_device, choose_dtype
+from onenight.optimizer import schedule
+from onenight.train_config import TrainConfig
+from onenight.trainer import Trainer, model_args
+
 import torch
 from torch.nn import functional as F
 
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import trainer as trainer_module
-from backend import choose_device, choose_dtype
 from configurator import configure, setting
-from machine import commit, cpu_name
-from model import GPT
-from optimizer import schedule
-from ranks import Ranks
-from train_config import TrainConfig
+from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "block_size": 256, "batch_size": 16, "dtype": "bfloat16"}
 MODERN = {"embedding_lr": 0.1, "head_lr": 6e-3, "beta1": 0.8, "weight_decay": 0.0, "warmdown": 0.7}
@@ -89,7 +87,6 @@ def main(arguments: list[str]):
     result = {"row": name, "changes": changes, "seed": config.seed, "tokens": iters * config.tokens_per_iter}
     print(json.dumps(result), flush=True)
     result |= run(config)
-    result |= {"commit": commit(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
     with open(config.save, "a") as file:
         file.write(json.dumps(result) + "\n")
 
@@ -97,8 +94,9 @@ def main(arguments: list[str]):
 def run(config: RecipeConfig) -> dict:
     """Trains, and returns the val loss at each number of tokens, and the median seconds of an iteration."""
     device = choose_device(config.device)
-    trainer_module.GPT = lambda shape: change(GPT(shape), config)
-    trainer = trainer_module.Trainer(config, device, choose_dtype(config.dtype, device), Ranks())
+    torch.manual_seed(config.seed)
+    model = change(GPT(GPTConfig(**model_args(config))), config)
+    trainer = Trainer(config, device, choose_dtype(config.dtype, device), Ranks(), model=model)
     losses, seconds, started = [], [], time.monotonic()
     due = {round(share * config.max_iters / EVALS) for share in range(1, EVALS + 1)}
     for i in range(1, config.max_iters + 1):
@@ -109,13 +107,8 @@ def run(config: RecipeConfig) -> dict:
             config.eval_iters = EVAL_ITERS if i < config.max_iters else LAST_EVAL_ITERS
             losses.append((i * config.tokens_per_iter, round(trainer.evaluate(trainer.val_tokens), 4)))
             print(f"iter {i}: val loss {losses[-1][1]:.4f}, {time.monotonic() - started:.0f}s", flush=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {
-        "val_loss": losses,
-        "s_per_iter": round(statistics.median(seconds), 4),
-        "machine": name,
-        "threads": torch.get_num_threads(),
-    }
+    s_per_iter = round(statistics.median(seconds), 4)
+    return {"val_loss": losses, "s_per_iter": s_per_iter, "threads": torch.get_num_threads(), **circumstances(device)}
 
 
 def change(model: GPT, config: RecipeConfig) -> GPT:

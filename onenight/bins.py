@@ -1,0 +1,193 @@
+"""
+Writing train.bin, val.bin and meta.json, so that an interrupted preparation can be continued.
+
+The bins are nanoGPT's: token ids as little-endian uint16, no header. meta.json records their contents and their
+sources. While they are being written their names end in .partial, and prepare.json records how much of them is valid.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections import Counter
+from pathlib import Path
+
+from onenight.files import read_json, rename, write_json
+from onenight.tokenizer import EOT, VOCAB_SIZE
+
+import numpy as np
+
+SPLITS = ("train", "val")
+CHUNK = 1 << 23  # tokens read at once
+
+
+class BinsWriter:
+    """
+    Both splits while they are being written. `state` counts the input rows processed, the tokens and documents of
+    each split, and the caller's `counters`. `job` is what determines the contents: settings and sources. Unfinished
+    work on the disk for the same job is continued. Raises SystemExit if bins of another job would be lost and
+    `overwrite` is not set, OSError if the disk fails.
+    """
+
+    def __init__(self, out_dir: Path, job: dict, counters: dict, overwrite: bool):
+        self.out_dir, self.job = out_dir, job
+        self.journal = out_dir / "prepare.json"
+        self.state = {"rows": 0, **{split: {"tokens": 0, "documents": 0} for split in SPLITS}, **counters}
+        earlier = read_json(self.journal)
+        if earlier.get("job") == job and self._matches_files(earlier["state"]):
+            self.state = earlier["state"]
+        else:
+            if not overwrite:
+                self._refuse_to_lose(earlier)
+            self.journal.unlink(missing_ok=True)
+            for split in SPLITS:
+                self._partial(split).write_bytes(b"")
+        self.files = {}
+        for split in SPLITS:
+            if self._partial(split).exists():  # else the last run stopped after renaming it
+                self.files[split] = open(self._partial(split), "r+b", buffering=1 << 20)
+                self.files[split].truncate(2 * self.state[split]["tokens"])
+                self.files[split].seek(0, os.SEEK_END)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.state[split]["tokens"] for split in SPLITS)
+
+    @property
+    def documents(self) -> int:
+        return sum(self.state[split]["documents"] for split in SPLITS)
+
+    def write(self, split: str, ids: np.ndarray, documents: int):
+        """Appends the ids of whole documents, each with its end-of-text."""
+        self.files[split].write(ids.astype("<u2", copy=False).data)
+        self.state[split]["tokens"] += len(ids)
+        self.state[split]["documents"] += documents
+
+    def checkpoint(self):
+        """Makes everything written so far survive a power cut."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(self.journal, {"job": self.job, "state": self.state})
+
+    def close(self):
+        for file in self.files.values():
+            with contextlib.suppress(OSError):  # a full disk: prepare.json says how much of the file is valid
+                file.close()
+
+    def discard(self):
+        """Deletes the unfinished work."""
+        self.close()
+        clear_work(self.out_dir)
+
+    def finish(self, meta: dict) -> Counter:
+        """
+        Checks the files on the disk, then renames both bins and writes meta.json last, so that a train.bin never stands
+        beside the meta.json of another. Returns the number of documents of each length in tokens.
+        """
+        self.checkpoint()
+        self.close()
+        lengths = Counter()
+        for split in SPLITS:
+            path = self._partial(split) if split in self.files else self.out_dir / f"{split}.bin"
+            try:
+                found, digest = check_bin(path, **self.state[split])
+            except SystemExit:
+                self.journal.unlink()  # this work must not be continued
+                raise
+            lengths += found
+            meta[split] = {**self.state[split], "sha256": digest}
+        (self.out_dir / "meta.json").unlink(missing_ok=True)
+        if "val" in self.files:
+            (self.out_dir / "val.bin").unlink(missing_ok=True)
+        for split in self.files:
+            rename(self._partial(split), self.out_dir / f"{split}.bin")
+        write_json(self.out_dir / "meta.json", meta | self.job)
+        self.journal.unlink()
+        return lengths
+
+    def _partial(self, split: str) -> Path:
+        return self.out_dir / f"{split}.bin.partial"
+
+    def _matches_files(self, state: dict) -> bool:
+        """Whether each bin is there with at least the bytes that the state counts."""
+        for split in SPLITS:
+            final, needed = self.out_dir / f"{split}.bin", 2 * state[split]["tokens"]
+            if self._partial(split).exists():
+                if self._partial(split).stat().st_size < needed:
+                    return False
+            elif not final.exists() or final.stat().st_size != needed:
+                return False
+        return True
+
+    def _refuse_to_lose(self, earlier: dict):
+        if earlier.get("state", {}).get("rows") and earlier["job"] != self.job:
+            what = f"an unfinished preparation of {differences(earlier['job'], self.job)}"
+        elif (self.out_dir / "meta.json").exists():
+            what = f"finished bins of {differences(read_meta(self.out_dir), self.job)}"
+        elif any((self.out_dir / f"{split}.bin").exists() for split in SPLITS):
+            what = "bins of unknown origin"
+        else:
+            return
+        raise SystemExit(f"{self.out_dir}: holds {what}; choose another --out_dir, or replace it with --overwrite")
+
+
+def is_complete(out_dir: Path, job: dict) -> bool:
+    """Whether the finished bins of this very job are there, in full size."""
+    meta = read_meta(out_dir)
+    if any(meta.get(key) != job[key] for key in job):
+        return False
+    bins = [(out_dir / f"{split}.bin", 2 * meta[split]["tokens"]) for split in SPLITS]
+    return all(path.exists() and path.stat().st_size == size for path, size in bins)
+
+
+def clear_work(out_dir: Path):
+    """Removes the temporary files of a preparation, but no finished bin."""
+    for name in ("prepare.json", "prepare.json.partial", *(f"{split}.bin.partial" for split in SPLITS)):
+        (out_dir / name).unlink(missing_ok=True)
+
+
+def differences(old: dict, new: dict) -> str:
+    """What changed between two jobs, as 'other settings (val_fraction 0.005, now 0.01)'."""
+    before, after = old.get("settings", {}), new["settings"]
+    changed = [f"{key} {before.get(key)}, now {after[key]}" for key in after if before.get(key) != after[key]]
+    names = [[source["file"] for source in job.get("sources", [])] for job in (old, new)]
+    if changed:
+        return f"other settings ({'; '.join(changed)})"
+    if names[0] != names[1]:
+        return f"other files ({', '.join(names[0][:3])}{', ...' if len(names[0]) > 3 else ''})"
+    edited = [now["file"] for then, now in zip(old["sources"], new["sources"]) if then != now]
+    return (
+        f"the same files before they were changed ({', '.join(edited)})"
+        if edited
+        else "other sizes than its meta.json says"
+    )
+
+
+def check_bin(path: Path, tokens: int, documents: int, sha256: str | None = None) -> tuple[Counter, str]:
+    """
+    Reads the whole file and returns the number of documents of each length (in tokens, without end-of-text), and the
+    sha256. Raises SystemExit if it does not hold `tokens` ids of GPT-2 in `documents` documents.
+    """
+    lengths, digest, largest, seen, last_end = Counter(), hashlib.sha256(), 0, 0, -1
+    with open(path, "rb") as file:
+        while raw := file.read(2 * CHUNK):
+            digest.update(raw)
+            ids = np.frombuffer(raw[: len(raw) // 2 * 2], "<u2")
+            largest = max(largest, int(ids.max(initial=0)))
+            ends = np.flatnonzero(ids == EOT) + seen // 2
+            values, counts = np.unique(np.diff(ends, prepend=last_end) - 1, return_counts=True)
+            lengths.update(dict(zip(values.tolist(), counts.tolist())))
+            last_end = ends[-1] if len(ends) else last_end
+            seen += len(raw)
+    found = {"bytes": seen, "end-of-text tokens": lengths.total(), "largest id": largest, "sha256": digest.hexdigest()}
+    expected = {"bytes": 2 * tokens, "end-of-text tokens": documents, "largest id": min(largest, VOCAB_SIZE - 1)}
+    expected["sha256"] = sha256 or digest.hexdigest()
+    wrong = [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]
+    if wrong:
+        raise SystemExit(f"{path}: damaged ({', '.join(wrong)}); prepare it again with --overwrite")
+    return lengths, digest.hexdigest()
+
+
+def read_meta(data_dir: Path) -> dict:
+    """meta.json; {} if there is none, as in nanoGPT's own data folders. Raises SystemExit if it cannot be read."""
+    return read_json(data_dir / "meta.json")

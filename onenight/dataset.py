@@ -1,0 +1,118 @@
+"""
+Reading train.bin and val.bin: windows of block_size tokens, for training in a seeded order that takes each window once
+per epoch, for evaluation in one fixed pass.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from onenight.bins import CHUNK, read_meta
+from onenight.device import Ranks
+from onenight.files import where
+
+import numpy as np
+import torch
+
+from model import IGNORED
+
+
+def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np.memmap:
+    """
+    The tokens of one split, uint16 (tokens,), read from the disk as they are used. Raises SystemExit if the file is
+    missing, not a whole number of tokens, not of the size in meta.json, too short for a window, or has ids that the
+    model's vocabulary lacks (on a GPU those would end in an assertion that names nothing).
+    """
+    path = data_dir / f"{split}.bin"
+    if not path.exists():
+        raise SystemExit(
+            f"{path}: no such file{where(path)}; "
+            f"make it with: python prepare_single_parquet.py FILE.parquet --out_dir={data_dir}"
+        )
+    size = path.stat().st_size
+    if size % 2:
+        raise SystemExit(f"{path}: {size} bytes is not a whole number of uint16 tokens; prepare it again")
+    expected = read_meta(data_dir).get(split, {}).get("tokens", size // 2)
+    if expected != size // 2:
+        raise SystemExit(f"{path}: {size // 2:,} tokens, but meta.json says {expected:,}; prepare it again")
+    if expected <= block_size:
+        raise SystemExit(
+            f"{path}: {expected:,} tokens are too few for one window of block_size={block_size}; "
+            f"prepare more documents{', or a larger val_fraction' if split == 'val' else ''}, or lower block_size"
+        )
+    tokens = np.memmap(path, "<u2", "r")
+    largest = max(int(tokens[start : start + CHUNK].max()) for start in range(0, len(tokens), CHUNK))
+    if largest >= vocab_size:
+        raise SystemExit(f"{path}: holds id {largest}, but the model's vocab_size is {vocab_size}; wrong file?")
+    return tokens
+
+
+class TrainWindows:
+    """
+    The windows of the training tokens in the order of training. An epoch is a permutation, seeded by (seed, epoch), of
+    the windows of the tokens shifted by a random phase, so that window borders differ from epoch to epoch. A position
+    counts windows from the start of the run, and determines the window.
+    """
+
+    def __init__(self, tokens, block_size: int, seed: int):
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        # One window fewer than fit leaves room for any phase.
+        self.windows_per_epoch = max(1, (len(tokens) - 1) // block_size - 1)
+        self._epoch = None  # whose windows self._starts lists
+        self._reader, self._ahead = ThreadPoolExecutor(1), {}
+
+    def batch(self, position: int, batch_size: int, device: torch.device, stride: int = 1):
+        """
+        Inputs and targets, int64, each (batch_size, block_size), on the device: the windows at `position` and each
+        stride-th after it. The following batch is read meanwhile, so that the next call does not wait for it.
+        """
+        wanted = (position, batch_size, stride)
+        reading = self._ahead.pop(wanted, None) or self._reader.submit(self._read, *wanted, device)
+        following = (position + batch_size * stride, batch_size, stride)
+        self._ahead = {following: self._reader.submit(self._read, *following, device)}
+        return tuple(part.to(device, non_blocking=True) for part in reading.result())
+
+    def _read(self, position: int, batch_size: int, stride: int, device: torch.device):
+        starts = [self._start(position + i * stride) for i in range(batch_size)]
+        return window_batch(self.tokens, starts, self.block_size, device)
+
+    def _start(self, position: int) -> int:
+        epoch, index = divmod(position, self.windows_per_epoch)
+        if epoch != self._epoch:
+            random = np.random.RandomState([self.seed, epoch])  # numpy promises that this stream never changes
+            spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
+            phase = random.randint(spare + 1)
+            order = random.permutation(self.windows_per_epoch).astype(np.int64)  # int32 on Windows
+            self._starts = phase + self.block_size * order
+            self._epoch = epoch
+        return int(self._starts[index])
+
+
+def eval_batches(tokens, block_size: int, batch_size: int, max_tokens: int, device: torch.device, ranks: Ranks):
+    """
+    The fixed evaluation pass: yields (inputs, targets) as TrainWindows.batch does, over every token of a small split
+    and over windows spread evenly in a large one, about max_tokens in all, shared by the ranks. It draws no random
+    number, and takes the same tokens for every batch_size: a last batch is filled up with IGNORED targets.
+    """
+    n_windows = -(-(len(tokens) - 1) // block_size)
+    n_taken = min(n_windows, max(1, max_tokens // block_size))
+    starts = [i * n_windows // n_taken * block_size for i in range(n_taken)]
+    starts = starts[ranks.rank :: ranks.world_size]
+    starts += [len(tokens)] * (-len(starts) % batch_size)  # windows past the end: nothing but IGNORED
+    for first in range(0, len(starts), batch_size):
+        x, y = window_batch(tokens, starts[first : first + batch_size], block_size, device)
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def window_batch(tokens, starts: list[int], block_size: int, device: torch.device):
+    """
+    Inputs and targets, int64 (len(starts), block_size), in the CPU's memory, pinned if the device is a GPU, so that
+    the copy to it is asynchronous. Past the last token the inputs are 0 and the targets IGNORED.
+    """
+    x = np.zeros((len(starts), block_size), dtype=np.int64)
+    y = np.full((len(starts), block_size), IGNORED, dtype=np.int64)
+    for row, start in enumerate(starts):
+        window = tokens[start : start + block_size + 1]
+        x[row, : len(window[:-1])] = window[:-1]
+        y[row, : len(window[1:])] = window[1:]
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)

@@ -1,0 +1,90 @@
+"""
+Files that are either whole or absent: written to a temporary file, flushed to the disk, renamed. And the few words
+that all scripts use for errors and durations.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "wb", keep: Path | None = None):
+    """
+    Opens a temporary file beside `path`, which replaces it atomically when the block ends without an exception; the
+    old file stays as `keep`. At every moment `path`, or else `keep`, holds all of the old or all of the new content.
+    Raises OSError, and leaves no temporary file.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def rename(source: Path, target: Path):
+    """Renames, replacing `target`, and flushes the folder, so that the new name survives a power cut."""
+    os.replace(source, target)
+    if os.name == "posix":  # Windows cannot open a folder, and does not need the flush
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def make_folder(path: Path):
+    """Creates the folder and its parents. Raises SystemExit if it cannot be created or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be written to ({error.strerror})") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; {} if there is no such file. Raises SystemExit if it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{path}: cannot be read ({error}); delete it and prepare again") from None
+
+
+def write_json(path: Path, content: dict):
+    """Replaces the file atomically. Raises OSError."""
+    with replacing(path, "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def where(path: Path) -> str:
+    """' in FOLDER', the working directory in which a relative path was looked for; '' for an absolute path."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
+def duration(seconds: float) -> str:
+    """5h 07m, 12m 30s or 8s."""
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours}h {minutes:02}m"
+    return f"{minutes}m {seconds % 60:02}s" if minutes else f"{seconds}s"

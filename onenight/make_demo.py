@@ -1,0 +1,99 @@
+"""
+Writes data/demo/train/docs.parquet: the English text in this Python installation, in FineWeb's schema.
+
+    python -m onenight.make_demo
+
+The documents are the pydoc topics, and for each module of the standard library and of the installed packages its
+docstrings, as help() would show them. Files are parsed, never imported.
+"""
+
+import ast
+import hashlib
+import sysconfig
+import time
+import warnings
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from onenight.files import make_folder, replacing
+from onenight.tokenizer import encode_document
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TARGET = Path("data/demo/train/docs.parquet")
+MAX_TOKENS = 5_000_000  # enough for several demos, in half a minute
+
+
+def main():
+    make_folder(TARGET.parent)
+    started, documents, tokens = time.monotonic(), [], 0
+    for name, text in read_documents():
+        documents.append(describe(name, text))
+        tokens += documents[-1]["token_count"]
+        if len(documents) % 500 == 0:
+            print(f"{len(documents):,} documents, {tokens / 1e6:.1f} of at most {MAX_TOKENS / 1e6:.0f} M tokens")
+        if tokens >= MAX_TOKENS:
+            break
+    # In an order that depends on the names only, and mixes the packages.
+    documents.sort(key=lambda document: hashlib.sha256(document["id"].encode()).digest())
+    with replacing(TARGET) as file:
+        pq.write_table(pa.Table.from_pylist(documents), file, row_group_size=1000, compression="zstd")
+    seconds = time.monotonic() - started
+    print(f"{TARGET}: {len(documents):,} documents, {tokens:,} GPT-2 tokens, {seconds:.0f} s")
+
+
+def read_documents():
+    """Yields (name, text): the topics of help(), the standard library, then the installed packages."""
+    for name, text in topics.items():
+        yield f"help('{name}')", text
+    folders = sysconfig.get_paths()
+    library, packages = Path(folders["stdlib"]), Path(folders["purelib"])
+    for root in (library, packages):
+        for path in sorted(root.rglob("*.py")):
+            if root == library and "site-packages" in path.parts:
+                continue
+            text = "\n\n".join(docstrings(path))
+            if len(text) >= 500:
+                yield ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"), text
+
+
+def docstrings(path: Path):
+    """Yields the module's docstring, then 'name(arguments)' and docstring of each class and function."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about invalid escapes in other people's code
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if not text:
+                continue
+            if isinstance(node, ast.ClassDef):
+                yield f"class {node.name}\n\n{text}"
+            elif isinstance(node, ast.Module):
+                yield text
+            else:
+                yield f"{node.name}({ast.unparse(node.args)})\n\n{text}"
+
+
+def describe(name: str, text: str) -> dict:
+    """One row with FineWeb's nine columns."""
+    text = text.encode("utf-8", "replace").decode()  # a parquet string cannot hold a lone surrogate
+    return {
+        "text": text,
+        "id": name,
+        "dump": "demo",
+        "url": f"pydoc:{name}",
+        "date": "",
+        "file_path": "this Python installation",
+        "language": "en",
+        "language_score": 1.0,
+        "token_count": len(encode_document(text)),
+    }
+
+
+if __name__ == "__main__":
+    main()

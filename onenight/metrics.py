@@ -1,0 +1,180 @@
+"""
+What a run reports: its speed, metrics.jsonl, loss.png drawn from it, and Weights & Biases if wanted.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from onenight.files import first_line, replacing
+from onenight.trainer import Trainer
+
+MAX_POINTS = 1000  # of a curve: more cannot be seen, and would take more time and memory at each drawing
+
+
+class Pace:
+    """
+    Times the iterations. The first 20 after a start, in which compilation and caches settle, do not count, nor do the
+    evaluations. `ceiling`: the TFLOP/s that MFU is relative to.
+    """
+
+    SETTLING = 20
+
+    def __init__(self, trainer: Trainer, ceiling: float):
+        self.trainer, self.ceiling = trainer, ceiling
+        self.started = time.monotonic() - trainer.progress.elapsed_s
+        self.steps, self.last_s, self.eval_s = 0, 0.0, 0.0
+        self.counted, self.counted_s = 0, 0.0  # iterations since the settling
+        self.lap_start = (0, 0.0)
+        self.per_iter_s = 0.0
+
+    def elapsed(self) -> float:
+        """Seconds of this run so far, those before a resume included; also noted in the trainer's progress."""
+        self.trainer.progress.elapsed_s = round(time.monotonic() - self.started, 2)
+        return self.trainer.progress.elapsed_s
+
+    def add_step(self, seconds: float):
+        """Counts an iteration that took so long."""
+        self.steps, self.last_s = self.steps + 1, seconds
+        if self.steps > self.SETTLING:
+            self.counted, self.counted_s = self.counted + 1, self.counted_s + seconds
+
+    def lap(self) -> float:
+        """Mean seconds of the iterations since the last call; 0 as long as none counts."""
+        iters, seconds = self.counted - self.lap_start[0], self.counted_s - self.lap_start[1]
+        if iters:
+            self.per_iter_s = seconds / iters
+            self.lap_start = (self.counted, self.counted_s)
+        return self.per_iter_s
+
+    def tokens_per_s(self, seconds_per_iter: float) -> float:
+        return self.trainer.config.tokens_per_iter / seconds_per_iter
+
+    def mfu(self, seconds_per_iter: float) -> float:
+        """The share of the ceiling that training reaches, over the devices of all processes."""
+        flops = self.tokens_per_s(seconds_per_iter) * self.trainer.model.flops_per_token()
+        return flops / 1e12 / self.ceiling / self.trainer.ranks.world_size
+
+    def eta(self) -> float:
+        """Seconds to the end at the present speed, if each evaluation still due takes as long as the last one."""
+        config, done = self.trainer.config, self.trainer.progress.iter_num
+        evals = -(-config.max_iters // config.eval_interval) - (done - 1) // config.eval_interval
+        return (config.max_iters - done) * self.per_iter_s + evals * self.eval_s
+
+
+class Metrics:
+    """
+    Appends records to out_dir/metrics.jsonl. A record is a dict with iter, tokens (seen by the weights that gave the
+    loss), lr, elapsed_s, and either train_loss (mean over the iteration) and tokens_per_s, or, of an evaluation,
+    val_loss and train_loss_eval. Losses are in nats per token.
+    """
+
+    def __init__(self, out_dir: Path, wandb_run=None):
+        self.path, self.wandb_run = out_dir / "metrics.jsonl", wandb_run
+
+    def truncate(self, iter_num: int, evaluated_iter: int):
+        """Drops the records that a run resumed at iter_num will write again."""
+        kept = [
+            record
+            for record in read_metrics(self.path)
+            if record["iter"] < iter_num or ("val_loss" in record and record["iter"] == iter_num == evaluated_iter)
+        ]
+        with replacing(self.path, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+
+    def sync(self):
+        """Makes everything written so far survive a power cut."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+
+    def write(self, **record):
+        """Appends a record, and logs it to Weights & Biases; a failure there ends that logging only."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb_run:
+            try:
+                self.wandb_run.log(record, step=record["iter"])
+            except Exception as error:
+                print(f"wandb: logging stopped, because {error}; metrics.jsonl continues")
+                self.wandb_run = None
+
+    def draw(self):
+        """Draws loss.png from metrics.jsonl. A failure is reported, and never stops a run."""
+        try:
+            draw_losses(read_metrics(self.path), self.path.with_name("loss.png"))
+        except Exception as error:
+            print(f"loss.png could not be drawn: {error}")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; [] if there is none. A last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def draw_losses(records: list[dict], path: Path):
+    """Draws a PNG: training and validation loss against tokens, with the learning rate below."""
+    from matplotlib.figure import Figure  # here, because it takes a second to import
+
+    steps = [record for record in records if "train_loss" in record]
+    steps = steps[:: 1 + len(steps) // MAX_POINTS]
+    evals = [record for record in records if "val_loss" in record]
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    unit, name = (1e9, "billion") if records and records[-1]["tokens"] >= 1e9 else (1e6, "million")
+
+    def plot(axes, rows, key, **style):
+        axes.plot([row["tokens"] / unit for row in rows], [row[key] for row in rows], **style)
+
+    plot(loss_axes, steps, "train_loss", color="tab:blue", alpha=0.5, linewidth=1, label="train, each iteration")
+    plot(loss_axes, evals, "val_loss", color="tab:red", marker="o", markersize=4, label="val, fixed pass")
+    plot(lr_axes, steps, "lr", color="tab:green")
+    if evals:
+        last = evals[-1]
+        loss_axes.set_title(f"iter {last['iter']:,}: val loss {last['val_loss']:.3f}")
+    loss_axes.set_ylabel("loss (nats per token)")
+    loss_axes.legend()
+    lr_axes.set_ylabel("learning rate")
+    lr_axes.set_xlabel(f"tokens seen ({name})")
+    for axes in (loss_axes, lr_axes):
+        axes.grid(alpha=0.3)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def start_wandb(project: str, name: str, run_id: str, config: dict, out_dir: Path):
+    """
+    A wandb run, or None if there can be none; run_id is that of the run to continue, '' for a new one. Without a key
+    or a network it is an offline run, with a message.
+    """
+    try:
+        import wandb
+    except ImportError:
+        print("wandb: not installed (pip install wandb); going on without it")
+        return None
+
+    def start(mode):
+        settings = wandb.Settings(init_timeout=30, silent=True)
+        same = {"id": run_id, "resume": "allow"} if run_id else {}
+        return wandb.init(project=project, name=name, config=config, dir=out_dir, mode=mode, settings=settings, **same)
+
+    try:
+        if os.environ.get("WANDB_MODE"):
+            return start(os.environ["WANDB_MODE"])
+        reason = "there is no API key (wandb login)"
+        if wandb.login(prompt=False, verify=False):
+            try:
+                return start("online")
+            except Exception as error:
+                reason = first_line(error)
+        print(f"wandb: offline, because {reason}; upload {out_dir / 'wandb'} later with `wandb sync`")
+        return start("offline")
+    except Exception as error:
+        print(f"wandb: off, because {first_line(error)}")
+        return None

@@ -1,0 +1,119 @@
+"""
+What a run will take, before it starts: tokens, memory by part, hours; and what to change if it does not fit.
+"""
+
+import math
+import os
+
+from onenight.device import DTYPES
+from onenight.files import duration
+from onenight.train_config import TrainConfig
+from onenight.trainer import model_args
+
+import torch
+
+from configurator import read_config_file
+from model import CHUNK_ROWS, GPT, GPTConfig
+
+GB = 1e9
+TOKENS_PER_ITER = ("gradient_accumulation_steps", "batch_size", "block_size")  # the settings whose product it is
+# Apart from the matrix products, which grow with the width squared, a step has work that grows with the width. So
+# training reaches about n_embd / (n_embd + NARROW) of the products' speed, fitted to widths of 64 to 512 on a CPU (see
+# benchmarks/LOG.md). For 768 in bfloat16 that is 67 %; the CPU reached 57 %, and on the RTX 4070, rated at 58 TFLOP/s,
+# nanoGPT was reported to reach 48 % and nanochat 84 %.
+NARROW = {"float32": 120, "bfloat16": 370, "float16": 370}
+RESERVE = 0.7 * GB  # not available to tensors, assumed: the CUDA context, and the allocator's fragments
+
+
+def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: float):
+    """
+    Prints what the run will take on this device, whose matrix products reach `ceiling` TFLOP/s; or on the one that
+    config.plan_vram_gb and config.plan_tflops describe. The bins need not exist yet.
+    """
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**model_args(config)))
+    if config.plan_vram_gb and config.dtype == "auto":
+        dtype = "bfloat16"  # whatever this machine has
+    total, train_bin = config.max_iters * config.tokens_per_iter, config.data_dir / "train.bin"
+    epochs = f"no {train_bin} yet"
+    if train_bin.exists():
+        train_tokens = train_bin.stat().st_size // 2
+        epochs = f"{total / max(train_tokens, 1):.2f} epochs of {train_tokens:,}"
+    memory = predict_memory(model, config.batch_size, dtype, config.optimizer)
+    parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in memory.items())
+    print(f"parameters: {model.get_num_params() / 1e6:.2f}M, {model.flops_per_token() / 1e6:,.0f} MFLOP per token")
+    print(f"tokens: {config.tokens_per_iter:,} per iteration, {config.max_iters:,} iterations, {total:,}; {epochs}")
+    print(f"memory: {sum(memory.values()) / GB:.1f} GB at the peak ({parts})")
+    print(f"fits: {judge_fit(config, model, device, dtype)}")
+    speed, source = config.plan_tflops, f"{config.plan_tflops:g} TFLOP/s, as given"
+    if not speed:
+        share = config.n_embd / (config.n_embd + NARROW[dtype])
+        speed, source = ceiling * share, f"{share:.0%} (expected) of {ceiling:.2f} TFLOP/s, measured here"
+    print(f"time: {duration(model.flops_per_token() * total / speed / 1e12)} at {source}; evaluations come on top")
+
+
+def recipe_warning(config: TrainConfig, arguments: list[str]) -> str:
+    """A line if flags give an iteration other tokens than the config files among the arguments; else ''."""
+    from_files = {}
+    for argument in arguments:
+        if argument.endswith(".py") and not argument.startswith("--"):
+            from_files |= read_config_file(argument)
+    sizes = {key: from_files.get(key, getattr(TrainConfig, key)) for key in TOKENS_PER_ITER}
+    intended, steps = math.prod(sizes.values()), config.gradient_accumulation_steps
+    if not from_files or config.tokens_per_iter == intended:
+        return ""
+    nearest = max(1, round(intended / (config.tokens_per_iter / steps)))
+    return (
+        f"another recipe: {config.tokens_per_iter:,} tokens per iteration, where the config file has {intended:,}; "
+        f"--gradient_accumulation_steps={nearest} comes nearest to it with this batch_size\n"
+    )
+
+
+def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer: str = "adamw") -> dict[str, float]:
+    """
+    Bytes by part at the peak of a training step: in the head of the second micro-batch, when there are gradients of the
+    first. For gpt2 within 4 % of what benchmarks/memory.py finds in eager mode, and torch.compile saves the same
+    tensors; for the other architectures it counts what torch.compile saves.
+    """
+    shape, wide = model.config, 4
+    narrow = DTYPES[dtype].itemsize
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    matrices = sum(parameter.numel() for parameter in model.transformer.h.parameters() if parameter.dim() > 1)
+    # Of each token in each block: the residual stream twice in float32; then two norms, query, key and value,
+    # attention's output as saved and as merged, and the MLP's four-fold width before and after the activation;
+    # nanochat's query and key a second time, normalised and rotated.
+    saved = 2 * wide + (2 + 3 + 2 + 2 * 4) * narrow + (2 if shape.dropout else 0)
+    saved += 2 * narrow if shape.architecture == "nanochat" else 0
+    tokens = batch_size * shape.block_size
+    head_weight, chunk = shape.vocab_size * shape.n_embd, min(CHUNK_ROWS, tokens) * shape.vocab_size
+    return {
+        "weights": wide * parameters,
+        "gradients": wide * parameters,
+        "optimizer": wide * (2 * parameters - (matrices if optimizer == "muon" else 0)),  # Muon has one moment
+        "activations": tokens * shape.n_layer * saved * shape.n_embd + (narrow * matrices if narrow < wide else 0),
+        "head": chunk * (wide + narrow + (wide if model.softcap else narrow))
+        + head_weight * (wide + narrow)
+        + 2 * tokens * shape.n_embd * narrow,
+    }
+
+
+def judge_fit(config: TrainConfig, model: GPT, device: torch.device, dtype: str) -> str:
+    """Whether the memory is sufficient, or else the largest micro-batch for which it is."""
+    if config.plan_vram_gb:
+        free, name = config.plan_vram_gb * GB - RESERVE, f"a card of {config.plan_vram_gb:g} GB"
+    elif device.type == "cuda":
+        free, name = torch.cuda.mem_get_info(device)[0] - RESERVE, torch.cuda.get_device_name(device)
+        free = min(free, config.vram_limit_gb * GB or free)
+    elif hasattr(os, "sysconf"):
+        free, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+    else:
+        return "unknown: this system does not tell its memory"
+    windows = config.batch_size * config.gradient_accumulation_steps
+    sizes = [size for size in range(1, config.batch_size + 1) if windows % size == 0]
+    fitting = [size for size in sizes if sum(predict_memory(model, size, dtype, config.optimizer).values()) <= free]
+    if config.batch_size in fitting:
+        return f"yes, in {free / GB:.1f} GB free on {name}"
+    if not fitting:
+        return f"no, not even with batch_size=1: {name} has {free / GB:.1f} GB free; shrink the model or block_size"
+    change = f"--batch_size={fitting[-1]} --gradient_accumulation_steps={windows // fitting[-1]}"
+    return f"no: {name} has {free / GB:.1f} GB free; the same training fits with {change}"

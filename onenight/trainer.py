@@ -1,0 +1,241 @@
+"""
+The state that training changes, from the weights to the position in the data, and what is done with it: a step, an
+evaluation, a checkpoint.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+from onenight.bins import read_meta
+from onenight.checkpoint import check_shape
+from onenight.dataset import TrainWindows, eval_batches, open_bin
+from onenight.device import Ranks, autocast, compile_model, limit_memory, use_tf32
+from onenight.optimizer import make_optimizers
+from onenight.pretrained import crop_positions
+from onenight.train_config import TrainConfig
+
+import numpy as np
+import torch
+
+from model import GPT, IGNORED, GPTConfig
+
+EVAL_TOKENS = 16 * 1024  # what eval_iters counts, independent of batch_size
+
+
+@dataclass
+class Progress:
+    """How far a run is. A checkpoint holds it field by field; nanoGPT's has iter_num and best_val_loss only."""
+
+    iter_num: int = 0
+    position: int = 0  # in the order of the training windows
+    best_val_loss: float = math.inf
+    best_iter: int = 0
+    evaluated_iter: int = -1  # of the last evaluation
+    stale_evals: int = 0  # evaluations since val loss improved by early_stop_min_delta
+    skipped_iters: int = 0  # iterations without an update, because loss or gradient was not finite
+    elapsed_s: float = 0.0
+    wandb_id: str = ""
+
+    @classmethod
+    def of(cls, checkpoint: dict, windows_per_iter: int) -> "Progress":
+        """What a checkpoint of this project or of nanoGPT tells."""
+        progress = cls(**{field.name: checkpoint[field.name] for field in fields(cls) if field.name in checkpoint})
+        progress.best_val_loss = float(progress.best_val_loss)  # a tensor in nanoGPT's
+        if "position" not in checkpoint:
+            progress.position = progress.iter_num * windows_per_iter
+        return progress
+
+
+def model_args(config: TrainConfig, checkpoint: dict | None = None) -> dict:
+    """
+    The model's shape, as GPTConfig takes it, with the vocabulary of the checkpoint to start from, or else that of
+    meta.json. Raises SystemExit if the checkpoint has another shape.
+    """
+    if checkpoint:
+        resumes = config.init_from == "resume"
+        check_shape(config.shape, checkpoint["model_args"], config.out_dir if resumes else config.init_from, resumes)
+        return {**config.shape, "vocab_size": checkpoint["model_args"]["vocab_size"]}
+    vocab_size = read_meta(config.data_dir).get("vocab_size", 50257)
+    return {**config.shape, "vocab_size": -(-vocab_size // 64) * 64}  # a multiple of 64 is faster
+
+
+class Trainer:
+    """
+    Trains `model`, or else a new one, with the weights of `checkpoint` if there is one. The windows of each iteration
+    are shared by the `ranks`: this process takes every world_size-th. Raises SystemExit if there is no data that fits
+    the shape, the windows cannot be shared, or the weights have another shape.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        dtype: str,
+        ranks: Ranks,
+        checkpoint: dict | None = None,
+        model: GPT | None = None,
+    ):
+        self.config, self.device, self.dtype, self.ranks = config, device, dtype, ranks
+        use_tf32(device)
+        limit_memory(config.vram_limit_gb, device)
+        torch.manual_seed(config.seed)
+        self.model_args = model_args(config, checkpoint)
+        self.train_tokens = open_bin(config.data_dir, "train", config.block_size, self.model_args["vocab_size"])
+        self.val_tokens = open_bin(config.data_dir, "val", config.block_size, self.model_args["vocab_size"])
+        self.data = {"tokens": len(self.train_tokens), **read_meta(config.data_dir).get("train", {})}
+        self.windows = TrainWindows(self.train_tokens, config.block_size, config.seed)
+        self.windows_per_iter = config.batch_size * config.gradient_accumulation_steps
+        self.batch_size = self.largest_micro_batch(config.batch_size)
+
+        self.model = model or GPT(GPTConfig(**self.model_args))
+        if checkpoint:
+            self.model.load_state_dict(crop_positions(checkpoint["model"], config.block_size))
+        self.model.to(device)
+        self.compiled_model = compile_model(self.model, device) if config.compile else self.model
+        self.optimizers = make_optimizers(self.model, config, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+        self.progress = Progress()
+        self.skipped_in_row = 0
+
+    def largest_micro_batch(self, limit: int) -> int:
+        """The largest micro-batch up to `limit` that divides this process's share of an iteration."""
+        share, rest = divmod(self.windows_per_iter, self.ranks.world_size)
+        if rest or not share:
+            raise SystemExit(
+                f"an iteration of {self.windows_per_iter} windows (batch_size x gradient_accumulation_steps) cannot be "
+                f"shared by {self.ranks.world_size} processes; make it a multiple of that"
+            )
+        return max(size for size in range(1, limit + 1) if share % size == 0)
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of this process in an iteration."""
+        return self.windows_per_iter // self.ranks.world_size // self.batch_size
+
+    @property
+    def epoch(self) -> float:
+        """Epochs trained on so far, with the fraction of the present one."""
+        return self.progress.position / self.windows.windows_per_epoch
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The parameter groups of all optimizers."""
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def step(self, lr_share: float = 1.0) -> float:
+        """
+        One iteration: the gradient over all micro-batches, clipped, and the update, with each learning rate at that
+        share of its peak. Returns the mean loss. If the loss or the gradient is not finite there is no update.
+        """
+        for group in self.param_groups:
+            group["lr"] = lr_share * group["peak_lr"]
+        loss = self.within_memory(self.forward_backward)
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
+        is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        if is_finite or self.scaler.is_enabled():  # a scaler skips the update itself, and lowers its scale
+            for optimizer in self.optimizers.values():
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
+        self.progress.skipped_iters += not is_finite
+        self.progress.position += self.windows_per_iter
+        self.progress.iter_num += 1
+        return loss
+
+    def forward_backward(self) -> float:
+        """The gradient of the mean loss over the iteration's windows, micro-batch by micro-batch. Returns that loss."""
+        ranks, share = self.ranks, self.batch_size / self.windows_per_iter
+        self.model.zero_grad(set_to_none=True)
+        # Dropout depends on the seed and the iteration only, so that a resumed run draws what it would have drawn.
+        seeds = np.random.SeedSequence([self.config.seed, self.progress.iter_num, ranks.rank])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        total = torch.zeros((), device=self.device)
+        for i in range(self.gradient_accumulation_steps):
+            first = self.progress.position + ranks.rank + i * self.batch_size * ranks.world_size
+            x, y = self.windows.batch(first, self.batch_size, self.device, stride=ranks.world_size)
+            with autocast(self.dtype, self.device):
+                _, loss = self.compiled_model(x, y)
+            loss = loss * share
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        ranks.sum([total, *(parameter.grad for parameter in self.model.parameters())])
+        return total.item()  # waits for the device
+
+    @torch.no_grad()
+    def evaluate(self, tokens) -> float:
+        """Mean loss over the fixed pass through `tokens`, every token with equal weight; draws no random number."""
+        self.model.eval()
+        loss = self.within_memory(lambda: self.mean_loss(tokens))
+        self.model.train()
+        return loss
+
+    def mean_loss(self, tokens) -> float:
+        """evaluate() without its care for mode and memory."""
+        total, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        max_tokens = self.config.eval_iters * EVAL_TOKENS
+        for x, y in eval_batches(tokens, self.config.block_size, self.batch_size, max_tokens, self.device, self.ranks):
+            with autocast(self.dtype, self.device):
+                _, loss = self.compiled_model(x, y)
+            n = (y != IGNORED).sum()
+            total, count = total + loss * n, count + n
+        self.ranks.sum([total, count])
+        return (total / count).item()
+
+    def within_memory(self, job):
+        """
+        What job() returns. If memory runs out, it is repeated with a micro-batch of half the size and twice as many:
+        the same windows in the same order. Raises SystemExit if a single window is too much.
+        """
+        while True:
+            try:
+                return job()
+            except torch.OutOfMemoryError:
+                pass  # continue outside of this block, which keeps the tensors of the attempt alive
+            if self.batch_size == 1:
+                raise SystemExit("out of memory with a micro-batch of one window; take a smaller model or block_size")
+            self.batch_size = self.largest_micro_batch(self.batch_size // 2)
+            self.model.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(
+                f"out of memory: going on with --batch_size={self.batch_size} --gradient_accumulation_steps="
+                f"{self.windows_per_iter // self.batch_size}, which is the same training"
+            )
+
+    def weights_are_finite(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
+    def sampling_checkpoint(self) -> dict:
+        """What sampling and export need, with nanoGPT's names."""
+        return {
+            "model": self.model.state_dict(),
+            "model_args": self.model_args,
+            "iter_num": self.progress.iter_num,
+            "best_val_loss": self.progress.best_val_loss,
+            "config": asdict(self.config),
+        }
+
+    def checkpoint(self) -> dict:
+        """Everything needed to resume, in plain values and tensors."""
+        return {
+            **self.sampling_checkpoint(),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "data": self.data,
+            **asdict(self.progress),
+        }
+
+    def restore(self, checkpoint: dict):
+        """Sets the state to that of a checkpoint of this project or of nanoGPT."""
+        self.model.load_state_dict(checkpoint["model"])
+        for name, optimizer in self.optimizers.items():
+            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(checkpoint[name])
+            for group, options in zip(optimizer.param_groups, own):  # the options of the config, not the saved ones
+                group.update(options)
+        if checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.progress = Progress.of(checkpoint, self.windows_per_iter)
+        self.skipped_in_row = 0
