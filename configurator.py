@@ -29,21 +29,17 @@ RANGES = {
 
 
 def setting(default, reason: str, choices: tuple = (), **bounds):
-    """
-    A dataclass field with its default and, for --help, the reason to change it. `choices` are the values allowed;
-    `bounds` the range: low, high (inclusive), above, below (exclusive).
-    """
+    """A dataclass field with its default and, for --help, the reason to change it. `choices` are the values allowed;
+    `bounds` the range: low, high (inclusive), above, below (exclusive)."""
     assert bounds.keys() <= RANGES.keys()
     return dataclasses.field(default=default, metadata={"reason": reason, "choices": choices, "bounds": bounds})
 
 
 def configure(cls, arguments: list[str], doc: str):
-    """
-    An instance of the dataclass `cls`, whose fields are bool, int, float or str, with the arguments applied in order.
-    An argument is a config file (ends in .py), --key=value, --key (True), --help (prints `doc` and every key, exits
-    0), or a plain path, collected by a class that has a `paths` field. What depends on more than one key the class
-    checks in __post_init__, by ValueError. Raises SystemExit, naming every problem, if there is any.
-    """
+    """An instance of the dataclass `cls`, whose fields are bool, int, float or str, with the arguments applied in
+    order. An argument is a config file (ends in .py), --key=value, --key (True), --help (prints `doc` and every key,
+    exits 0), or a plain path, collected by a class that has a `paths` field. What depends on more than one key the
+    class checks in __post_init__, by ValueError. Raises SystemExit, naming every problem, if there is any."""
     if "--help" in arguments or "-h" in arguments:
         print(help_text(cls, doc))
         raise SystemExit(0)
@@ -81,17 +77,13 @@ def configure(cls, arguments: list[str], doc: str):
 
 
 def read_config_file(path: str) -> dict:
-    """
-    The settings in a Python config file: the plain names that it sets. Names with a leading underscore, modules,
+    """The settings in a Python config file: the plain names that it sets. Names with a leading underscore, modules,
     functions and classes are the file's own. A relative path is looked for in the working directory, then in the
-    project's folder. Raises ValueError if the file is missing or fails.
-    """
+    project's folder. Raises ValueError if the file is missing or fails."""
     found = Path(path) if Path(path).is_file() else PROJECT / path
     if not found.is_file():
-        others = [*Path(path).parent.glob("*.py"), *Path("config").glob("*.py")]
-        raise ValueError(
-            f"{path}: no such file in {Path.cwd()} or {PROJECT}{nearest(path, [str(other) for other in others])}"
-        )
+        others = map(str, [*Path(path).parent.glob("*.py"), *Path("config").glob("*.py")])
+        raise ValueError(f"{path}: no such file in {Path.cwd()} or {PROJECT}{nearest(path, list(others))}")
     try:
         names = runpy.run_path(str(found))
     except (Exception, SystemExit) as error:

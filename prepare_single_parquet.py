@@ -87,9 +87,8 @@ def main(arguments: list[str], checkpoint_s: float = CHECKPOINT_S):
             convert(config, sources, writer, checkpoint_s)
             lengths = finish(writer)
     except OSError as error:
-        raise SystemExit(
-            f"\n{out_dir}: {error.strerror}; once that is solved, the same command continues from here"
-        ) from None
+        problem = f"\n{out_dir}: {error.strerror}; once that is solved, the same command continues from here"
+        raise SystemExit(problem) from None
     report(writer.state, lengths, writer.tokens - first_token, time.monotonic() - started)
 
 
@@ -136,10 +135,8 @@ def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter, ch
 
 
 def tokenize_in_order(batches, num_workers: int):
-    """
-    Yields (batch, Tokenized) in order. Threads do the work, because tiktoken releases Python's lock meanwhile;
-    processes are slower (benchmarks/results/prepare.json).
-    """
+    """Yields (batch, Tokenized) in order. Threads do the work, because tiktoken releases Python's lock meanwhile;
+    processes are slower (benchmarks/results/prepare.json)."""
     pool, waiting, in_flight = ThreadPoolExecutor(num_workers), collections.deque(), 0
     try:
         for batch in batches:
@@ -166,10 +163,8 @@ def tokenize(batch: Batch) -> Tokenized:
 
 
 def write_within_limits(config: PrepareConfig, writer: BinsWriter, tokenized: Tokenized) -> int:
-    """
-    Writes the rows up to the limits of the settings, and returns how many they are. A document goes to val.bin if its
-    number * val_fraction reaches a new whole number: 0, 200, 400, ...
-    """
+    """Writes the rows up to the limits of the settings, and returns how many they are. A document goes to val.bin if
+    its number * val_fraction reaches a new whole number: 0, 200, 400, ..."""
     is_document = tokenized.lengths > 0
     documents = writer.documents + np.cumsum(is_document) - is_document
     tokens = writer.tokens + np.cumsum(tokenized.lengths) - tokenized.lengths
@@ -245,7 +240,9 @@ def report(state: dict, lengths: collections.Counter, new_tokens: int, seconds: 
     tokens, documents = (sum(state[split][what] for split in SPLITS) for what in ("tokens", "documents"))
     compared, differing = state["token_counts_compared"], state["token_counts_differing"]
     verdict = f"{differing:,} of {compared:,} documents differ" if differing else f"equal in all {compared:,} documents"
-    spread = f"median {quantile(lengths, 0.5):,}, p90 {quantile(lengths, 0.9):,}, max {max(lengths):,}"
+    sizes, counts = zip(*lengths.items())
+    median, p90 = np.quantile(sizes, (0.5, 0.9), weights=counts, method="inverted_cdf").tolist()
+    spread = f"median {median:,}, p90 {p90:,}, max {max(sizes):,}"
     print(
         f"\ndocuments: {documents:,}\n"
         f"empty_documents_skipped: {state['empty_documents']:,}\n"
@@ -261,13 +258,6 @@ def report(state: dict, lengths: collections.Counter, new_tokens: int, seconds: 
     )
     for config_file in CONFIG_FILES:
         print(epochs_line(config_file, state["train"]["tokens"]))
-
-
-def quantile(counts: collections.Counter, q: float) -> int:
-    """The smallest value that at least the share `q` of the counted values does not exceed."""
-    values = sorted(counts)
-    cumulated = np.cumsum([counts[value] for value in values])
-    return values[np.searchsorted(cumulated, q * cumulated[-1])]
 
 
 def epochs_line(config_file: str, tokens: int) -> str:
@@ -302,14 +292,11 @@ def cores() -> int:
 
 def peak_memory_mb() -> str:
     """The largest memory this process ever held, in MB."""
-    with contextlib.suppress(OSError):  # Linux; its getrusage would count the memory of the parent at the fork
+    try:  # getrusage would count the memory of the parent at the fork
         status = Path("/proc/self/status").read_text().splitlines()
         return f"{sum(int(line.split()[1]) for line in status if line.startswith('VmHWM')) * 1024 / 1e6:,.0f}"
-    with contextlib.suppress(ImportError):  # macOS, in bytes
-        import resource
-
-        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:,.0f}"
-    return "unknown on Windows"
+    except OSError:
+        return "unknown on this system"
 
 
 def run_interruptibly(job, *arguments, **options):

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onenight.device import choose_device, choose_dtype, compile_model, use_tf32
+from onenight.device import DTYPES, choose_device, choose_dtype, compile_model, use_tf32
 from onenight.generate import Sampling, draw_uniforms, generate
 from onenight.pretrained import build_model, resolve_checkpoint
 from onenight.tokenizer import EOT, EOT_TEXT, get_encoding
@@ -45,7 +45,7 @@ class SampleConfig:
     repetition_penalty: float = setting(1.0, "over 1, such as 1.1: tokens in the text become less likely", above=0)
     seed: int = setting(1337, "the same seed gives the same text", low=0)
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    dtype: str = setting("auto", "number format", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "number format", choices=("auto", *DTYPES))
     compile: bool = setting(False, "torch.compile: slow to start, then faster")
 
 
@@ -92,16 +92,12 @@ def ask() -> Iterator[str]:
 
 
 def write_samples(model: GPT, step, config: SampleConfig, dtype: str, start: str, samples: range):
-    """
-    Writes samples of one prompt to stdout, drawn all at once, or as many at once as fit in memory. Raises SystemExit if
-    not even one does.
-    """
+    """Writes samples of one prompt to stdout, drawn all at once, or as many at once as fit in memory. Raises SystemExit
+    if not even one does."""
     prompt = get_encoding().encode(start, allowed_special={EOT_TEXT}) or [EOT]
     block_size = model.config.block_size
     if len(prompt) + config.max_new_tokens > block_size:
-        say_once(
-            f"the model sees {block_size} tokens; after that, it continues from the last {max(1, block_size // 2)}"
-        )
+        say_once(f"the model sees {block_size} tokens; then it continues from the last {max(1, block_size // 2)}")
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
     started, n_tokens, page, batches = time.perf_counter(), 0, Page(samples.start), [samples]
     while batches:
@@ -112,9 +108,7 @@ def write_samples(model: GPT, step, config: SampleConfig, dtype: str, start: str
             n_tokens += write_batch(tokens, batch, start, page, config.stop)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
-                raise SystemExit(
-                    "out of memory with a single sample; take a smaller max_new_tokens or a shorter prompt"
-                )
+                raise SystemExit("out of memory with a single sample; try a smaller --max_new_tokens or prompt")
             half = len(batch) // 2
             batches[:0] = [batch[:half], batch[half:]]
             print(f"out of memory with {len(batch)} samples at once: going on with {half}", file=sys.stderr)

@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from onenight.checkpoint import LATEST, check_space, has_checkpoint, load_latest, save_best, save_latest
+from onenight.checkpoint import BEST, LATEST, PREVIOUS, check_space, has_checkpoint, load_latest, save_checkpoint
 from onenight.device import choose_device, choose_dtype, measure_tflops, peak_memory_gb, start_ranks
 from onenight.files import duration, make_folder
 from onenight.metrics import Metrics, Pace, start_wandb
@@ -169,7 +169,7 @@ def evaluate(trainer: Trainer, metrics: Metrics | None, lr_share: float, pace: P
         metrics.write(**record, **learning_rates(config, lr_share), elapsed_s=pace.elapsed())
         metrics.draw()
         if improved and progress.iter_num:
-            save_best(out_dir, trainer.sampling_checkpoint())
+            save_checkpoint(out_dir / BEST, trainer.sampling_checkpoint())
     return improved
 
 
@@ -195,7 +195,7 @@ def save(trainer: Trainer, metrics: Metrics | None, out_dir: Path):
     if metrics:
         print(f"saving checkpoint to {out_dir}")
         metrics.sync()
-        save_latest(out_dir, trainer.checkpoint())
+        save_checkpoint(out_dir / LATEST, trainer.checkpoint(), keep=out_dir / PREVIOUS)
 
 
 def go_back(trainer: Trainer, metrics: Metrics | None, out_dir: Path, rollbacks: int):
@@ -229,9 +229,9 @@ def summary(trainer: Trainer, pace: Pace) -> str:
         f"time: {duration(pace.elapsed())}",
     ]
     if pace.counted:
-        lines.append(f"tokens_per_s: {pace.tokens_per_s(pace.counted_s / pace.counted):,.0f}")
+        lines += [f"tokens_per_s: {pace.tokens_per_s(pace.counted_s / pace.counted):,.0f}"]
     if memory := peak_memory_gb(trainer.device):
-        lines.append(f"peak_memory_gb: {memory:.2f}")
+        lines += [f"peak_memory_gb: {memory:.2f}"]
     return "\n".join(lines)
 
 

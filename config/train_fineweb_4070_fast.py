@@ -1,4 +1,4 @@
-# The night that ends in the morning: 1.15 billion tokens through a modern 12-layer GPT, trained by Muon, on one
+# The short night: 1.15 billion tokens through a modern 12-layer GPT, trained by Muon, on one
 # FineWeb parquet file and one 12 GB RTX 4070. What each part is worth at a small scale: benchmarks/recipe/.
 
 out_dir = "out-fineweb-fast"
@@ -9,7 +9,7 @@ always_save_checkpoint = True
 
 wandb_log = True  # optional: without wandb, a key or a network the run goes on, and says so
 wandb_project = "fineweb"
-wandb_run_name = "nanochat-muon-4070"
+wandb_run_name = "qwen3-muon-4070"
 
 dataset = "fineweb"
 # 8 * 32 * 1024 = 262,144 tokens per iteration, half of what the recipes for eight GPUs take: one card gains nothing
@@ -18,18 +18,20 @@ gradient_accumulation_steps = 32
 batch_size = 8
 block_size = 1024
 
-architecture = "nanochat"  # rotary, QK-norm, ReLU squared, RMSNorm, a head of its own, softcap: see model.py
+architecture = "qwen3"  # rotary positions, normalised queries and keys, SwiGLU, RMSNorm, a head of its own
 n_layer = 12
-n_head = 6  # each 128 wide, as nanochat and modded-nanogpt have them
+n_head = 6  # each 128 wide, as in modded-nanogpt and nanochat
 n_embd = 768
 dropout = 0.0
 bias = False
 
-# nanochat's rates for 12 layers and 524,288 tokens per iteration (0.02, 0.3, 0.008), times the root of a half.
+# nanochat's rates for 12 layers and 524,288 tokens per iteration (0.02, 0.3, 0.008; for the gains modded-nanogpt's,
+# 0.015), times the root of a half.
 optimizer = "muon"
 learning_rate = 0.014  # Muon's, for the matrices of the blocks
 embedding_lr = 0.2  # AdamW's
 head_lr = 0.0055
+vector_lr = 0.0106  # of the gains
 weight_decay = 0.05
 beta1 = 0.8
 beta2 = 0.95

@@ -1,6 +1,4 @@
-"""
-What the stage scripts share. Imported before torch, because it sets the environment that torch reads once.
-"""
+"""What the stage scripts share. Imported before torch, because it sets the environment that torch reads once."""
 
 import os
 

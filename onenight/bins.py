@@ -21,12 +21,10 @@ CHUNK = 1 << 23  # tokens read at once
 
 
 class BinsWriter:
-    """
-    Both splits while they are being written. `state` counts the input rows processed, the tokens and documents of
+    """Both splits while they are being written. `state` counts the input rows processed, the tokens and documents of
     each split, and the caller's `counters`. `job` is what determines the contents: settings and sources. Unfinished
     work on the disk for the same job is continued. Raises SystemExit if bins of another job would be lost and
-    `overwrite` is not set, OSError if the disk fails.
-    """
+    `overwrite` is not set, OSError if the disk fails."""
 
     def __init__(self, out_dir: Path, job: dict, counters: dict, overwrite: bool):
         self.out_dir, self.job = out_dir, job
@@ -80,10 +78,8 @@ class BinsWriter:
         clear_work(self.out_dir)
 
     def finish(self, meta: dict) -> Counter:
-        """
-        Checks the files on the disk, then renames both bins and writes meta.json last, so that a train.bin never stands
-        beside the meta.json of another. Returns the number of documents of each length in tokens.
-        """
+        """Checks the files on the disk, then renames both bins and writes meta.json last, so that a train.bin never
+        stands beside the meta.json of another. Returns the number of documents of each length in tokens."""
         self.checkpoint()
         self.close()
         lengths = Counter()
@@ -156,18 +152,14 @@ def differences(old: dict, new: dict) -> str:
     if names[0] != names[1]:
         return f"other files ({', '.join(names[0][:3])}{', ...' if len(names[0]) > 3 else ''})"
     edited = [now["file"] for then, now in zip(old["sources"], new["sources"]) if then != now]
-    return (
-        f"the same files before they were changed ({', '.join(edited)})"
-        if edited
-        else "other sizes than its meta.json says"
-    )
+    if edited:
+        return f"the same files before they were changed ({', '.join(edited)})"
+    return "other sizes than its meta.json says"
 
 
 def check_bin(path: Path, tokens: int, documents: int, sha256: str | None = None) -> tuple[Counter, str]:
-    """
-    Reads the whole file and returns the number of documents of each length (in tokens, without end-of-text), and the
-    sha256. Raises SystemExit if it does not hold `tokens` ids of GPT-2 in `documents` documents.
-    """
+    """Reads the whole file and returns the number of documents of each length (in tokens, without end-of-text), and the
+    sha256. Raises SystemExit if it does not hold `tokens` ids of GPT-2 in `documents` documents."""
     lengths, digest, largest, seen, last_end = Counter(), hashlib.sha256(), 0, 0, -1
     with open(path, "rb") as file:
         while raw := file.read(2 * CHUNK):

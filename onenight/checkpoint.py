@@ -17,17 +17,7 @@ import torch
 LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt-previous.pt", "best.pt"
 
 
-def save_latest(out_dir: Path, checkpoint: dict):
-    """Replaces ckpt.pt; the old one becomes ckpt-previous.pt. Raises OSError, with nothing replaced."""
-    write(out_dir / LATEST, checkpoint, keep=out_dir / PREVIOUS)
-
-
-def save_best(out_dir: Path, checkpoint: dict):
-    """Replaces best.pt. Raises OSError, with nothing replaced."""
-    write(out_dir / BEST, checkpoint)
-
-
-def write(path: Path, checkpoint: dict, keep: Path | None = None):
+def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None):
     """Replaces the file atomically; the old one stays as `keep`. Raises OSError, with nothing replaced."""
     try:
         with replacing(path, keep=keep) as file:
@@ -56,10 +46,9 @@ def load_latest(out_dir: Path) -> dict:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """
-    A checkpoint of this project or of nanoGPT, tensors on the CPU: model, optimizer, model_args, iter_num,
-    best_val_loss, config, and more that resuming needs. Raises SystemExit if it is missing, damaged, or something else.
-    """
+    """A checkpoint of this project or of nanoGPT, tensors on the CPU: model, optimizer, model_args, iter_num,
+    best_val_loss, config, and more that resuming needs. Raises SystemExit if it is missing, damaged, or something
+    else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -68,16 +57,16 @@ def load_checkpoint(path: Path) -> dict:
         raise SystemExit(f"{path}: damaged, or not a checkpoint ({first_line(error)})")
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise SystemExit(f"{path}: not a checkpoint of this program (it has no model and model_args)")
+    if checkpoint["model_args"].get("architecture") == "nanochat":
+        raise SystemExit(f"{path}: the nanochat architecture was removed; the last commit that reads it is e8f887f")
     # torch.compile adds a prefix to the names; nanoGPT's checkpoints may have it.
     checkpoint["model"] = {name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()}
     return checkpoint
 
 
 def check_shape(shape: dict, saved: dict, source: str, resumes: bool):
-    """
-    Raises SystemExit, naming the differences, if the configured shape is not that of a checkpoint's model_args.
-    Dropout may differ, and a new run may see fewer tokens than the checkpoint's.
-    """
+    """Raises SystemExit, naming the differences, if the configured shape is not that of a checkpoint's model_args.
+    Dropout may differ, and a new run may see fewer tokens than the checkpoint's."""
     shape, saved = {"architecture": "gpt2", **shape}, {"architecture": "gpt2", **saved}
     other = [key for key, value in shape.items() if saved.get(key) != value and key != "dropout"]
     if "block_size" in other and not resumes and shape["block_size"] < saved["block_size"]:
@@ -88,11 +77,9 @@ def check_shape(shape: dict, saved: dict, source: str, resumes: bool):
 
 
 def check_space(out_dir: Path, parameters: int):
-    """
-    Raises SystemExit if the disk of out_dir has no room for what a run keeps there: the latest checkpoint, the one
+    """Raises SystemExit if the disk of out_dir has no room for what a run keeps there: the latest checkpoint, the one
     before, and the next while it is written, each with two moments for every weight, and the best weights, likewise
-    twice; all in float32.
-    """
+    twice; all in float32."""
     needed = (3 * 3 + 2) * 4 * parameters
     reusable = sum((out_dir / name).stat().st_size for name in (LATEST, PREVIOUS, BEST) if (out_dir / name).exists())
     free = shutil.disk_usage(out_dir).free + reusable

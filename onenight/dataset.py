@@ -1,7 +1,5 @@
-"""
-Reading train.bin and val.bin: windows of block_size tokens, for training in a seeded order that takes each window once
-per epoch, for evaluation in one fixed pass.
-"""
+"""Reading train.bin and val.bin: windows of block_size tokens, for training in a seeded order that takes each window
+once per epoch, for evaluation in one fixed pass."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,16 +15,13 @@ from model import IGNORED
 
 
 def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np.memmap:
-    """
-    The tokens of one split, uint16 (tokens,), read from the disk as they are used. Raises SystemExit if the file is
+    """The tokens of one split, uint16 (tokens,), read from the disk as they are used. Raises SystemExit if the file is
     missing, not a whole number of tokens, not of the size in meta.json, too short for a window, or has ids that the
-    model's vocabulary lacks (on a GPU those would end in an assertion that names nothing).
-    """
+    model's vocabulary lacks (on a GPU those would end in an assertion that names nothing)."""
     path = data_dir / f"{split}.bin"
     if not path.exists():
         raise SystemExit(
-            f"{path}: no such file{where(path)}; "
-            f"make it with: python prepare_single_parquet.py FILE.parquet --out_dir={data_dir}"
+            f"{path}: no such file{where(path)}; make it: python prepare_single_parquet.py FILE --out_dir={data_dir}"
         )
     size = path.stat().st_size
     if size % 2:
@@ -47,11 +42,9 @@ def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np
 
 
 class TrainWindows:
-    """
-    The windows of the training tokens in the order of training. An epoch is a permutation, seeded by (seed, epoch), of
-    the windows of the tokens shifted by a random phase, so that window borders differ from epoch to epoch. A position
-    counts windows from the start of the run, and determines the window.
-    """
+    """The windows of the training tokens in the order of training. An epoch is a permutation, seeded by (seed, epoch),
+    of the windows of the tokens shifted by a random phase, so that window borders differ from epoch to epoch. A
+    position counts windows from the start of the run, and determines the window."""
 
     def __init__(self, tokens, block_size: int, seed: int):
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
@@ -61,10 +54,8 @@ class TrainWindows:
         self._reader, self._ahead = ThreadPoolExecutor(1), {}
 
     def batch(self, position: int, batch_size: int, device: torch.device, stride: int = 1):
-        """
-        Inputs and targets, int64, each (batch_size, block_size), on the device: the windows at `position` and each
-        stride-th after it. The following batch is read meanwhile, so that the next call does not wait for it.
-        """
+        """Inputs and targets, int64, each (batch_size, block_size), on the device: the windows at `position` and each
+        stride-th after it. The following batch is read meanwhile, so that the next call does not wait for it."""
         wanted = (position, batch_size, stride)
         reading = self._ahead.pop(wanted, None) or self._reader.submit(self._read, *wanted, device)
         following = (position + batch_size * stride, batch_size, stride)
@@ -88,11 +79,9 @@ class TrainWindows:
 
 
 def eval_batches(tokens, block_size: int, batch_size: int, max_tokens: int, device: torch.device, ranks: Ranks):
-    """
-    The fixed evaluation pass: yields (inputs, targets) as TrainWindows.batch does, over every token of a small split
+    """The fixed evaluation pass: yields (inputs, targets) as TrainWindows.batch does, over every token of a small split
     and over windows spread evenly in a large one, about max_tokens in all, shared by the ranks. It draws no random
-    number, and takes the same tokens for every batch_size: a last batch is filled up with IGNORED targets.
-    """
+    number, and takes the same tokens for every batch_size: a last batch is filled up with IGNORED targets."""
     n_windows = -(-(len(tokens) - 1) // block_size)
     n_taken = min(n_windows, max(1, max_tokens // block_size))
     starts = [i * n_windows // n_taken * block_size for i in range(n_taken)]
@@ -104,10 +93,8 @@ def eval_batches(tokens, block_size: int, batch_size: int, max_tokens: int, devi
 
 
 def window_batch(tokens, starts: list[int], block_size: int, device: torch.device):
-    """
-    Inputs and targets, int64 (len(starts), block_size), in the CPU's memory, pinned if the device is a GPU, so that
-    the copy to it is asynchronous. Past the last token the inputs are 0 and the targets IGNORED.
-    """
+    """Inputs and targets, int64 (len(starts), block_size), in the CPU's memory, pinned if the device is a GPU, so that
+    the copy to it is asynchronous. Past the last token the inputs are 0 and the targets IGNORED."""
     x = np.zeros((len(starts), block_size), dtype=np.int64)
     y = np.full((len(starts), block_size), IGNORED, dtype=np.int64)
     for row, start in enumerate(starts):

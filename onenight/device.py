@@ -1,7 +1,5 @@
-"""
-The hardware: device, number format, compilation, memory, and the processes that torchrun starts. A feature that the
-machine lacks is switched off with a message.
-"""
+"""The hardware: device, number format, compilation, memory, and the processes that torchrun starts. A feature that the
+machine lacks is switched off with a message."""
 
 import contextlib
 import os
@@ -125,10 +123,8 @@ class Ranks:
 
 
 def start_ranks(device: str) -> tuple[Ranks, str]:
-    """
-    Joins the processes that torchrun started, and silences all but the first; without torchrun there is one. Returns
-    the ranks and the device of this process: with several GPUs on a machine each process gets its own.
-    """
+    """Joins the processes that torchrun started, and silences all but the first; without torchrun there is one. Returns
+    the ranks and the device of this process: with several GPUs on a machine each process gets its own."""
     if "RANK" not in os.environ:
         return Ranks(), device
     ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))

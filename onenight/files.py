@@ -1,7 +1,5 @@
-"""
-Files that are either whole or absent: written to a temporary file, flushed to the disk, renamed. And the few words
-that all scripts use for errors and durations.
-"""
+"""Files that are either whole or absent: written to a temporary file, flushed to the disk, renamed. And the few words
+that all scripts use for errors and durations."""
 
 import contextlib
 import json
@@ -12,11 +10,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "wb", keep: Path | None = None):
-    """
-    Opens a temporary file beside `path`, which replaces it atomically when the block ends without an exception; the
+    """Opens a temporary file beside `path`, which replaces it atomically when the block ends without an exception; the
     old file stays as `keep`. At every moment `path`, or else `keep`, holds all of the old or all of the new content.
-    Raises OSError, and leaves no temporary file.
-    """
+    Raises OSError, and leaves no temporary file."""
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, mode) as file:

@@ -1,7 +1,5 @@
-"""
-Text from a model, token by token: prefill() reads the prompt, decode() one more token, draw() chooses the next, and
-generate() combines them. After gpt-fast (https://github.com/meta-pytorch/gpt-fast/blob/main/generate.py).
-"""
+"""Text from a model, token by token: prefill() reads the prompt, decode() one more token, draw() chooses the next, and
+generate() combines them. After gpt-fast (https://github.com/meta-pytorch/gpt-fast/blob/main/generate.py)."""
 
 import itertools
 from collections.abc import Iterator
@@ -27,20 +25,16 @@ class Sampling:
 
 
 def draw_uniforms(seed: int, samples: range, n_tokens: int) -> torch.Tensor:
-    """
-    The random numbers that choose each token of each sample: float64 (samples, n_tokens), uniform in [0, 1). A row
-    depends on the seed and the sample's number only, so that a sample is the same text alone and among others.
-    """
+    """The random numbers that choose each token of each sample: float64 (samples, n_tokens), uniform in [0, 1). A row
+    depends on the seed and the sample's number only, so that a sample is the same text alone and among others."""
     return torch.tensor(np.stack([np.random.default_rng((seed, sample)).random(n_tokens) for sample in samples]))
 
 
 @torch.no_grad()
 def generate(model: GPT, prompt: list[int], uniforms, sampling: Sampling, dtype: str, step=None) -> Iterator[list[int]]:
-    """
-    Continues the prompt once for each row of `uniforms`, by as many tokens as it has columns; yields the new ids of all
-    rows, token by token. When the context is full, its last half is read again from position 0, which makes room.
-    `step`: the compiled model, which is called with one shape only. Raises torch.OutOfMemoryError.
-    """
+    """Continues the prompt once for each row of `uniforms`, by as many tokens as it has columns; yields the new ids of
+    all rows, token by token. When the context is full, its last half is read again from position 0, which makes room.
+    `step`: the compiled model, which is called with one shape only. Raises torch.OutOfMemoryError."""
     (rows, n_new), device, block_size = uniforms.shape, model.lm_head.weight.device, model.config.block_size
     uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
     start, stop = len(prompt), len(prompt) + n_new
@@ -67,10 +61,8 @@ def generate(model: GPT, prompt: list[int], uniforms, sampling: Sampling, dtype:
 
 
 def prefill(model: GPT, ids, cache: KVCache, dtype: str):
-    """
-    Reads ids, int64 (B, T), at positions 0 to T - 1; a single row is read once for all rows of the cache. Returns the
-    logits of the next token, (B, vocab_size).
-    """
+    """Reads ids, int64 (B, T), at positions 0 to T - 1; a single row is read once for all rows of the cache. Returns
+    the logits of the next token, (B, vocab_size)."""
     rows, T = ids.shape
     with autocast(dtype, ids.device):
         logits, _ = model(ids, cache=cache.view(rows, T), positions=torch.arange(T, device=ids.device))
@@ -96,11 +88,9 @@ def penalize(logits, ids, penalty: float):
 
 
 def draw(logits, uniforms, sampling: Sampling):
-    """
-    One id for each row of logits (B, vocab_size): int64 (B,). It is the one whose interval contains the row's number in
-    `uniforms` (B,), when the probabilities are laid end to end in the order of the ids; in the order of their size,
-    rounding could swap neighbours. Ids that only pad the vocabulary are never drawn.
-    """
+    """One id for each row of logits (B, vocab_size): int64 (B,). It is the one whose interval contains the row's number
+    in `uniforms` (B,), when the probabilities are laid end to end in the order of the ids; in the order of their size,
+    rounding could swap neighbours. Ids that only pad the vocabulary are never drawn."""
     logits = logits[:, :VOCAB_SIZE].float()
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)

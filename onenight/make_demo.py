@@ -67,32 +67,23 @@ def docstrings(path: Path):
     except (SyntaxError, ValueError, RecursionError, OSError):
         return
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node)
-            if not text:
-                continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
             if isinstance(node, ast.ClassDef):
-                yield f"class {node.name}\n\n{text}"
-            elif isinstance(node, ast.Module):
-                yield text
-            else:
-                yield f"{node.name}({ast.unparse(node.args)})\n\n{text}"
+                text = f"class {node.name}\n\n{text}"
+            elif not isinstance(node, ast.Module):
+                text = f"{node.name}({ast.unparse(node.args)})\n\n{text}"
+            yield text
 
 
 def describe(name: str, text: str) -> dict:
     """One row with FineWeb's nine columns."""
     text = text.encode("utf-8", "replace").decode()  # a parquet string cannot hold a lone surrogate
     return {
-        "text": text,
-        "id": name,
-        "dump": "demo",
-        "url": f"pydoc:{name}",
-        "date": "",
-        "file_path": "this Python installation",
-        "language": "en",
-        "language_score": 1.0,
+        "text": text, "id": name, "dump": "demo", "url": f"pydoc:{name}", "date": "",
+        "file_path": "this Python installation", "language": "en", "language_score": 1.0,
         "token_count": len(encode_document(text)),
-    }
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""
-What a run reports: its speed, metrics.jsonl, loss.png drawn from it, and Weights & Biases if wanted.
-"""
+"""What a run reports: its speed, metrics.jsonl, loss.png drawn from it, and Weights & Biases if wanted."""
 
 import json
 import os
@@ -14,10 +12,8 @@ MAX_POINTS = 1000  # of a curve: more cannot be seen, and would take more time a
 
 
 class Pace:
-    """
-    Times the iterations. The first 20 after a start, in which compilation and caches settle, do not count, nor do the
-    evaluations. `ceiling`: the TFLOP/s that MFU is relative to.
-    """
+    """Times the iterations. The first 20 after a start, in which compilation and caches settle, do not count, nor do
+    the evaluations. `ceiling`: the TFLOP/s that MFU is relative to."""
 
     SETTLING = 20
 
@@ -64,11 +60,9 @@ class Pace:
 
 
 class Metrics:
-    """
-    Appends records to out_dir/metrics.jsonl. A record is a dict with iter, tokens (seen by the weights that gave the
+    """Appends records to out_dir/metrics.jsonl. A record is a dict with iter, tokens (seen by the weights that gave the
     loss), lr, elapsed_s, and either train_loss (mean over the iteration) and tokens_per_s, or, of an evaluation,
-    val_loss and train_loss_eval. Losses are in nats per token.
-    """
+    val_loss and train_loss_eval. Losses are in nats per token."""
 
     def __init__(self, out_dir: Path, wandb_run=None):
         self.path, self.wandb_run = out_dir / "metrics.jsonl", wandb_run
@@ -149,32 +143,26 @@ def draw_losses(records: list[dict], path: Path):
 
 
 def start_wandb(project: str, name: str, run_id: str, config: dict, out_dir: Path):
-    """
-    A wandb run, or None if there can be none; run_id is that of the run to continue, '' for a new one. Without a key
-    or a network it is an offline run, with a message.
-    """
+    """A wandb run, or None if there can be none; run_id is that of the run to continue, '' for a new one. Without a key
+    or a network it is an offline run, with a message."""
     try:
         import wandb
     except ImportError:
         print("wandb: not installed (pip install wandb); going on without it")
         return None
-
-    def start(mode):
-        settings = wandb.Settings(init_timeout=30, silent=True)
-        same = {"id": run_id, "resume": "allow"} if run_id else {}
-        return wandb.init(project=project, name=name, config=config, dir=out_dir, mode=mode, settings=settings, **same)
-
-    try:
-        if os.environ.get("WANDB_MODE"):
-            return start(os.environ["WANDB_MODE"])
-        reason = "there is no API key (wandb login)"
-        if wandb.login(prompt=False, verify=False):
-            try:
-                return start("online")
-            except Exception as error:
-                reason = first_line(error)
-        print(f"wandb: offline, because {reason}; upload {out_dir / 'wandb'} later with `wandb sync`")
-        return start("offline")
-    except Exception as error:
-        print(f"wandb: off, because {first_line(error)}")
-        return None
+    same = {"id": run_id, "resume": "allow"} if run_id else {}
+    settings = wandb.Settings(init_timeout=30, silent=True)
+    wanted, reason = os.environ.get("WANDB_MODE") or "online", "there is no API key (wandb login)"
+    for mode in (wanted, "offline"):
+        try:
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                continue
+            if mode == "offline":
+                reason = "of WANDB_MODE" if wanted == "offline" else reason
+                print(f"wandb: offline, because {reason}; upload {out_dir / 'wandb'} later with `wandb sync`")
+            about = {"project": project, "name": name, "config": config, "dir": out_dir}
+            return wandb.init(**about, mode=mode, settings=settings, **same)
+        except Exception as error:
+            reason = first_line(error)
+    print(f"wandb: off, because {reason}")
+    return None

@@ -30,10 +30,8 @@ def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> di
 
 
 def parameter_groups(model: GPT, config: TrainConfig) -> list[dict]:
-    """
-    The matrices, with weight decay; gains and biases, without; and embeddings and head if they have a learning rate of
-    their own. Each group with its name and its peak learning rate.
-    """
+    """The matrices, with weight decay; gains and biases, without; and embeddings and head if they have a learning rate
+    of their own. Each group with its name and its peak learning rate."""
     groups = {
         "matrices": {"lr": config.learning_rate, "weight_decay": config.weight_decay},
         "vectors": {"lr": config.vector_lr or config.learning_rate, "weight_decay": 0.0},
@@ -53,10 +51,8 @@ def parameter_groups(model: GPT, config: TrainConfig) -> list[dict]:
 
 
 def schedule(config: TrainConfig, iter_num: int) -> float:
-    """
-    The learning rate as a share of its peak: linear warmup, then nanoGPT's cosine down to min_lr, or, with
-    warmdown_iters, constant and then linear down to it (a trapezoid: arXiv:2405.18392); min_lr after lr_decay_iters.
-    """
+    """The learning rate as a share of its peak: linear warmup, then nanoGPT's cosine down to min_lr, or, with
+    warmdown_iters, constant and then linear down to it (a trapezoid: arXiv:2405.18392); min_lr after lr_decay_iters."""
     if not config.decay_lr:
         return 1.0
     if iter_num < config.warmup_iters:

@@ -1,6 +1,4 @@
-"""
-Documents from parquet files, a few at a time: row group by row group, and no column but the text and token_count.
-"""
+"""Documents from parquet files, a few at a time: row group by row group, and no column but the text and token_count."""
 
 import hashlib
 import os

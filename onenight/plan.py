@@ -1,6 +1,4 @@
-"""
-What a run will take, before it starts: tokens, memory by part, hours; and what to change if it does not fit.
-"""
+"""What a run will take, before it starts: tokens, memory by part, hours; and what to change if it does not fit."""
 
 import math
 import os
@@ -22,14 +20,13 @@ TOKENS_PER_ITER = ("gradient_accumulation_steps", "batch_size", "block_size")  #
 # benchmarks/LOG.md). For 768 in bfloat16 that is 67 %; the CPU reached 57 %, and on the RTX 4070, rated at 58 TFLOP/s,
 # nanoGPT was reported to reach 48 % and nanochat 84 %.
 NARROW = {"float32": 120, "bfloat16": 370, "float16": 370}
+EAGER = {"gpt2": 10, "qwen3": 42}  # bytes more for each token, block and channel without torch.compile, on a CPU
 RESERVE = 0.7 * GB  # not available to tensors, assumed: the CUDA context, and the allocator's fragments
 
 
 def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: float):
-    """
-    Prints what the run will take on this device, whose matrix products reach `ceiling` TFLOP/s; or on the one that
-    config.plan_vram_gb and config.plan_tflops describe. The bins need not exist yet.
-    """
+    """Prints what the run will take on this device, whose matrix products reach `ceiling` TFLOP/s; or on the one that
+    config.plan_vram_gb and config.plan_tflops describe. The bins need not exist yet."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_args(config)))
     if config.plan_vram_gb and config.dtype == "auto":
@@ -39,7 +36,7 @@ def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: f
     if train_bin.exists():
         train_tokens = train_bin.stat().st_size // 2
         epochs = f"{total / max(train_tokens, 1):.2f} epochs of {train_tokens:,}"
-    memory = predict_memory(model, config.batch_size, dtype, config.optimizer)
+    memory = predict_memory(model, config.batch_size, dtype, config.optimizer, config.compile)
     parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in memory.items())
     print(f"parameters: {model.get_num_params() / 1e6:.2f}M, {model.flops_per_token() / 1e6:,.0f} MFLOP per token")
     print(f"tokens: {config.tokens_per_iter:,} per iteration, {config.max_iters:,} iterations, {total:,}; {epochs}")
@@ -69,21 +66,21 @@ def recipe_warning(config: TrainConfig, arguments: list[str]) -> str:
     )
 
 
-def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer: str = "adamw") -> dict[str, float]:
-    """
-    Bytes by part at the peak of a training step: in the head of the second micro-batch, when there are gradients of the
-    first. For gpt2 within 4 % of what benchmarks/memory.py finds in eager mode, and torch.compile saves the same
-    tensors; for the other architectures it counts what torch.compile saves.
-    """
+def predict_memory(
+    model: GPT, batch_size: int, dtype: str, optimizer: str = "adamw", compiled: bool = True
+) -> dict[str, float]:
+    """Bytes by part at the peak of a training step: in the head of the second micro-batch, when there are gradients of
+    the first. The activations are the tensors that torch.compile saves for the backward pass."""
     shape, wide = model.config, 4
     narrow = DTYPES[dtype].itemsize
     parameters = sum(parameter.numel() for parameter in model.parameters())
     matrices = sum(parameter.numel() for parameter in model.transformer.h.parameters() if parameter.dim() > 1)
-    # Of each token in each block: the residual stream twice in float32; then two norms, query, key and value,
-    # attention's output as saved and as merged, and the MLP's four-fold width before and after the activation;
-    # nanochat's query and key a second time, normalised and rotated.
-    saved = 2 * wide + (2 + 3 + 2 + 2 * 4) * narrow + (2 if shape.dropout else 0)
-    saved += 2 * narrow if shape.architecture == "nanochat" else 0
+    # Of each token in each block: the residual stream twice in float32; two norms and attention's output as the linear
+    # layers read them, query, key, value and attention's output; rotated ones also as they were before; and the MLP's
+    # width before and after the activation, with a gate three times.
+    saved = 2 * wide + (3 + 4 + 2 * shape.parts.rotary) * narrow + (2 if shape.dropout else 0)
+    saved += (3 if shape.parts.gated else 2) * narrow * shape.mlp_width / shape.n_embd
+    saved += 0 if compiled else EAGER[shape.architecture]
     tokens = batch_size * shape.block_size
     head_weight, chunk = shape.vocab_size * shape.n_embd, min(CHUNK_ROWS, tokens) * shape.vocab_size
     return {
@@ -91,9 +88,7 @@ def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer: str = "ad
         "gradients": wide * parameters,
         "optimizer": wide * (2 * parameters - (matrices if optimizer == "muon" else 0)),  # Muon has one moment
         "activations": tokens * shape.n_layer * saved * shape.n_embd + (narrow * matrices if narrow < wide else 0),
-        "head": chunk * (wide + narrow + (wide if model.softcap else narrow))
-        + head_weight * (wide + narrow)
-        + 2 * tokens * shape.n_embd * narrow,
+        "head": chunk * (wide + 2 * narrow) + head_weight * (wide + narrow) + 2 * tokens * shape.n_embd * narrow,
     }
 
 
@@ -110,7 +105,11 @@ def judge_fit(config: TrainConfig, model: GPT, device: torch.device, dtype: str)
         return "unknown: this system does not tell its memory"
     windows = config.batch_size * config.gradient_accumulation_steps
     sizes = [size for size in range(1, config.batch_size + 1) if windows % size == 0]
-    fitting = [size for size in sizes if sum(predict_memory(model, size, dtype, config.optimizer).values()) <= free]
+    fitting = [
+        size
+        for size in sizes
+        if sum(predict_memory(model, size, dtype, config.optimizer, config.compile).values()) <= free
+    ]
     if config.batch_size in fitting:
         return f"yes, in {free / GB:.1f} GB free on {name}"
     if not fitting:

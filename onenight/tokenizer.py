@@ -1,6 +1,4 @@
-"""
-GPT-2's byte pair encoding by tiktoken, with the rank file in data/, so that nothing is downloaded.
-"""
+"""GPT-2's byte pair encoding by tiktoken, with the rank file in data/, so that nothing is downloaded."""
 
 import base64
 import functools
@@ -30,11 +28,9 @@ of_this_thread = threading.local()
 
 
 def get_encoding() -> tiktoken.Encoding:
-    """
-    The same encoding as tiktoken.get_encoding("gpt2"), one for each thread: threads that share one wait for a lock in
-    its regex engine, and two busy cores are then no faster than one. Raises SystemExit if the rank file is missing or
-    damaged.
-    """
+    """The same encoding as tiktoken.get_encoding("gpt2"), one for each thread: threads that share one wait for a lock
+    in its regex engine, and two busy cores are then no faster than one. Raises SystemExit if the rank file is missing
+    or damaged."""
     if not hasattr(of_this_thread, "encoding"):
         of_this_thread.encoding = tiktoken.Encoding(
             "gpt2",
@@ -60,11 +56,9 @@ def read_ranks() -> dict[bytes, int]:
 
 
 def encode_document(text: str) -> np.ndarray:
-    """
-    The ids of one document, without end-of-text: uint32, shape (tokens,). As tiktoken's encode_ordinary: special
+    """The ids of one document, without end-of-text: uint32, shape (tokens,). As tiktoken's encode_ordinary: special
     tokens in the text are plain text, lone surrogates become U+FFFD. Where tiktoken fails, at a million whitespace
-    characters in a row, the row is cut into pieces of 100,000, each encoded separately.
-    """
+    characters in a row, the row is cut into pieces of 100,000, each encoded separately."""
     encode = functools.partial(get_encoding().encode_to_numpy, disallowed_special=())
     try:
         return encode(text)
@@ -78,10 +72,8 @@ def encode_document(text: str) -> np.ndarray:
 
 
 def encode_documents(documents: list[bytes]) -> np.ndarray:
-    """
-    The ids of the documents (UTF-8), each followed by end-of-text: uint16, shape (tokens,). One call of tiktoken for
-    all of them, so that threads seldom wait for Python's lock. Bytes that are not UTF-8 become U+FFFD.
-    """
+    """The ids of the documents (UTF-8), each followed by end-of-text: uint16, shape (tokens,). One call of tiktoken for
+    all of them, so that threads seldom wait for Python's lock. Bytes that are not UTF-8 become U+FFFD."""
     try:
         text = EOT_TEXT.encode().join([*documents, b""]).decode()
         if text.count(EOT_TEXT) == len(documents):  # else <|endoftext|> stands in a document

@@ -1,12 +1,14 @@
-"""
-The settings of a training run, with nanoGPT's names: default, type, range, and the reason to change each.
-"""
+"""The settings of a training run, with nanoGPT's names: default, type, range, and the reason to change each."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from onenight.device import DTYPES
+
 from configurator import setting
 from model import ARCHITECTURES, GPTConfig
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -19,9 +21,7 @@ class TrainConfig:
     log_interval: int = setting(1, "iterations between printed lines", low=1)
     eval_iters: int = setting(200, "size of an evaluation in units of 16,384 tokens, at most the whole split", low=1)
     eval_only: bool = setting(False, "evaluate once and stop")
-    always_save_checkpoint: bool = setting(
-        True, "save at each evaluation; False: only if val loss improved, and at the end"
-    )
+    always_save_checkpoint: bool = setting(True, "save at each evaluation; False: at better ones and at the end")
     early_stop_patience: int = setting(0, "stop after so many evaluations without improvement; 0: never", low=0)
     early_stop_min_delta: float = setting(0.0, "the decrease of val loss that counts as an improvement, in nats", low=0)
     plan: bool = setting(False, "print what the run will take, and stop")
@@ -43,11 +43,9 @@ class TrainConfig:
     n_embd: int = setting(768, "width", low=1)
     dropout: float = setting(0.0, "0 for pretraining, 0.1 or more for finetuning", low=0, below=1)
     bias: bool = setting(False, "biases in LayerNorm and Linear, as GPT-2 has")
-    architecture: str = setting("gpt2", "the model in model.py", choices=ARCHITECTURES)
+    architecture: str = setting("gpt2", "the model in model.py", choices=tuple(ARCHITECTURES))
     # optimizer
-    optimizer: str = setting(
-        "adamw", "'muon' is for the blocks' matrices, with AdamW for the rest", choices=("adamw", "muon")
-    )
+    optimizer: str = setting("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=OPTIMIZERS)
     learning_rate: float = setting(6e-4, "peak learning rate", low=0)
     embedding_lr: float = setting(0.0, "peak learning rate of the embeddings; 0: learning_rate", low=0)
     head_lr: float = setting(0.0, "peak learning rate of a head that is not the embedding; 0: learning_rate", low=0)
@@ -65,9 +63,7 @@ class TrainConfig:
     # machine
     seed: int = setting(1337, "for the weights, the order of the data and dropout", low=0, below=2**32)
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    dtype: str = setting(
-        "auto", "number format; float16 with loss scaling", choices=("auto", "float32", "bfloat16", "float16")
-    )
+    dtype: str = setting("auto", "number format; float16 with loss scaling", choices=("auto", *DTYPES))
     vram_limit_gb: float = setting(0.0, "use no more of the GPU's memory than this; 0: all that is free", low=0)
     compile: bool = setting(True, "torch.compile: slow to start, then much faster")
 
@@ -75,7 +71,7 @@ class TrainConfig:
         problems = []
         if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
             problems.append(f"lr_decay_iters={self.lr_decay_iters} must be more than warmup_iters={self.warmup_iters}")
-        own_rates = self.embedding_lr and (self.head_lr or self.architecture == "gpt2")
+        own_rates = self.embedding_lr and (self.head_lr or ARCHITECTURES[self.architecture].tied)
         if self.optimizer == "muon" and not own_rates:
             problems.append("optimizer='muon' needs embedding_lr and head_lr as well: AdamW's, for what is not Muon's")
         try:

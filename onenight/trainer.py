@@ -1,7 +1,5 @@
-"""
-The state that training changes, from the weights to the position in the data, and what is done with it: a step, an
-evaluation, a checkpoint.
-"""
+"""The state that training changes, from the weights to the position in the data, and what is done with it: a step, an
+evaluation, a checkpoint."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -47,10 +45,8 @@ class Progress:
 
 
 def model_args(config: TrainConfig, checkpoint: dict | None = None) -> dict:
-    """
-    The model's shape, as GPTConfig takes it, with the vocabulary of the checkpoint to start from, or else that of
-    meta.json. Raises SystemExit if the checkpoint has another shape.
-    """
+    """The model's shape, as GPTConfig takes it, with the vocabulary of the checkpoint to start from, or else that of
+    meta.json. Raises SystemExit if the checkpoint has another shape."""
     if checkpoint:
         resumes = config.init_from == "resume"
         check_shape(config.shape, checkpoint["model_args"], config.out_dir if resumes else config.init_from, resumes)
@@ -60,20 +56,12 @@ def model_args(config: TrainConfig, checkpoint: dict | None = None) -> dict:
 
 
 class Trainer:
-    """
-    Trains `model`, or else a new one, with the weights of `checkpoint` if there is one. The windows of each iteration
-    are shared by the `ranks`: this process takes every world_size-th. Raises SystemExit if there is no data that fits
-    the shape, the windows cannot be shared, or the weights have another shape.
-    """
+    """Trains `model`, or else a new one, with the weights of `checkpoint` if there is one. The windows of each
+    iteration are shared by the `ranks`: this process takes every world_size-th. Raises SystemExit if there is no data
+    that fits the shape, the windows cannot be shared, or the weights have another shape."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        device: torch.device,
-        dtype: str,
-        ranks: Ranks,
-        checkpoint: dict | None = None,
-        model: GPT | None = None,
+        self, config: TrainConfig, device: torch.device, dtype: str, ranks: Ranks, checkpoint=None, model=None
     ):
         self.config, self.device, self.dtype, self.ranks = config, device, dtype, ranks
         use_tf32(device)
@@ -123,10 +111,8 @@ class Trainer:
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def step(self, lr_share: float = 1.0) -> float:
-        """
-        One iteration: the gradient over all micro-batches, clipped, and the update, with each learning rate at that
-        share of its peak. Returns the mean loss. If the loss or the gradient is not finite there is no update.
-        """
+        """One iteration: the gradient over all micro-batches, clipped, and the update, with each learning rate at that
+        share of its peak. Returns the mean loss. If the loss or the gradient is not finite there is no update."""
         for group in self.param_groups:
             group["lr"] = lr_share * group["peak_lr"]
         loss = self.within_memory(self.forward_backward)
@@ -184,10 +170,8 @@ class Trainer:
         return (total / count).item()
 
     def within_memory(self, job):
-        """
-        What job() returns. If memory runs out, it is repeated with a micro-batch of half the size and twice as many:
-        the same windows in the same order. Raises SystemExit if a single window is too much.
-        """
+        """What job() returns. If memory runs out, it is repeated with a micro-batch of half the size and twice as many:
+        the same windows in the same order. Raises SystemExit if a single window is too much."""
         while True:
             try:
                 return job()

@@ -59,37 +59,6 @@ def gpt2_of(checkpoint):
     return model
 
 
-def nanochat_names(weights):
-    """Our nanochat tensors by the names that transformers has for them."""
-    named = {
-        "model.embed_tokens.weight": weights["transformer.wte.weight"],
-        "lm_head.weight": weights["lm_head.weight"],
-    }
-    for name, value in weights.items():
-        layer = re.match(r"transformer\.h\.(\d+)\.(.*)\.weight", name)
-        if layer and layer[2] == "attn.c_attn":
-            for part, rows in zip("qkv", value.chunk(3)):
-                named[f"model.layers.{layer[1]}.self_attn.{part}_proj.weight"] = rows
-        elif layer:
-            theirs = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}[layer[2]]
-            named[f"model.layers.{layer[1]}.{theirs}.weight"] = value
-    return named
-
-
-def nanochat_of(checkpoint):
-    """transformers' NanoChat with the weights of one of our checkpoints."""
-    from transformers import NanoChatConfig, NanoChatForCausalLM
-
-    args = checkpoint["model_args"]
-    config = NanoChatConfig(
-        vocab_size=args["vocab_size"], max_position_embeddings=args["block_size"], hidden_size=args["n_embd"],
-        intermediate_size=4 * args["n_embd"], num_hidden_layers=args["n_layer"], num_attention_heads=args["n_head"],
-    )  # fmt: skip
-    model = NanoChatForCausalLM(config)
-    model.load_state_dict(nanochat_names(checkpoint["model"]))
-    return model
-
-
 def qwen3_names(weights):
     """Our qwen3 tensors by the names that transformers has for them."""
     named = {

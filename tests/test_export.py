@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -23,12 +24,13 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
-    NanoChatForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     set_seed,
 )
 
 from export import main
-from model import GPT, GPTConfig, soft_cap
+from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "dropout": 0.1, "vocab_size": 50304}
 IDS = torch.randint(50257, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -54,7 +56,7 @@ def export(out_dir, export_dir, *flags, **how):
 def logits_of(init_from, out_dir=None):
     model = build_model(resolve_checkpoint(str(init_from), out_dir), "it")
     with torch.no_grad():
-        return soft_cap(model.lm_head(model.hidden(IDS)), model.softcap)
+        return model.lm_head(model.hidden(IDS))
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +72,12 @@ def folder(tmp_path_factory):
 
 # ---- the model
 
+KINDS = [("gpt2", True, GPT2LMHeadModel), ("gpt2", False, GPT2LMHeadModel), ("qwen3", False, Qwen3ForCausalLM)]
 
-@pytest.mark.parametrize(
-    "kind, bias", [(GPT2LMHeadModel, True), (GPT2LMHeadModel, False), (NanoChatForCausalLM, False)]
-)
-def test_transformers_computes_the_same_logits(kind, bias, tmp_path):
-    save(tmp_path, bias, "gpt2" if kind is GPT2LMHeadModel else "nanochat")
+
+@pytest.mark.parametrize("architecture, bias, kind", KINDS)
+def test_transformers_computes_the_same_logits(architecture, bias, kind, tmp_path):
+    save(tmp_path, bias, architecture)
     assert export(tmp_path, tmp_path / "it").returncode == 0
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "it", output_loading_info=True)
     assert isinstance(model, kind) and model.dtype == torch.float32 and not model.training
@@ -88,13 +90,47 @@ def test_transformers_computes_the_same_logits(kind, bias, tmp_path):
     torch.testing.assert_close(found, ours[..., :50257], rtol=0, atol=1e-4)
 
 
-def test_an_exported_folder_loads_as_the_same_weights(folder):
-    original = resolve_checkpoint("resume", folder.parent / "run")["model"]
-    returned = resolve_checkpoint(str(folder), None)
-    assert returned["model_args"] == {**SHAPE, "bias": True, "dropout": 0.0, "vocab_size": 50257}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_weights_in_another_number_format(dtype, tmp_path):
+    checkpoint = save(tmp_path, False, "qwen3")
+    assert export(tmp_path, tmp_path / "it", f"--dtype={dtype}").returncode == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "it")
+    assert model.dtype == getattr(torch, dtype)
+    expected = checkpoint["model"]["transformer.ln_f.weight"].to(model.dtype)
+    assert torch.equal(model.model.norm.weight, expected)
+
+
+# ---- and back
+
+
+@pytest.mark.parametrize("architecture, bias", [("gpt2", True), ("qwen3", False)])
+def test_an_exported_folder_loads_as_the_same_weights(architecture, bias, tmp_path):
+    original = save(tmp_path, bias, architecture)["model"]
+    assert export(tmp_path, tmp_path / "it").returncode == 0
+    returned = resolve_checkpoint(str(tmp_path / "it"), None)
+    expected = {**SHAPE, "bias": bias, "dropout": 0.0, "vocab_size": 50257}
+    assert returned["model_args"] == expected | ({"architecture": "qwen3"} if architecture == "qwen3" else {})
     assert returned["model"].keys() == original.keys()
     for name, value in returned["model"].items():
         assert torch.equal(value, original[name][: len(value)]), name
+
+
+@pytest.mark.parametrize("architecture, bias, kind", KINDS[1:])
+def test_a_model_changed_and_saved_in_parts_by_transformers_is_read(architecture, bias, kind, tmp_path):
+    """As after finetuning: other weights, several files, a tokenizer with a chat template."""
+    save(tmp_path, bias, architecture)
+    assert export(tmp_path, tmp_path / "it").returncode == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "it")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        expected = model(IDS).logits
+    model.save_pretrained(tmp_path / "tuned", max_shard_size="2MB")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "it")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    assert len(list((tmp_path / "tuned").glob("model-*.safetensors"))) > 1
+    torch.testing.assert_close(logits_of(tmp_path / "tuned"), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [GPT2LMHeadModel, GPT2Model])
@@ -243,30 +279,58 @@ def test_a_missing_package_is_one_sentence(folder, tmp_path):
     assert_one_sentence(run("sample.py", f"--init_from={folder}", env=without), words)
 
 
-def test_a_folder_that_is_not_gpt2_is_one_sentence(tmp_path):
-    def refuse(words, **how):
-        with pytest.raises(SystemExit, match=words) as refused:
-            resolve_checkpoint(str(how.get("name", tmp_path)), None)
-        assert "\n" not in str(refused.value)
+def refuse(folder, words):
+    with pytest.raises(SystemExit, match=words) as refused:
+        resolve_checkpoint(str(folder), None)
+    assert "\n" not in str(refused.value)
 
-    refuse("has no config.json")
-    config = GPT2Config(n_positions=48, n_embd=32, n_layer=1, n_head=2).to_dict()
+
+def test_another_architecture_is_one_sentence(tmp_path):
+    refuse(tmp_path, "has no config.json")
     write = (tmp_path / "config.json").write_text
-    write(json.dumps(config))
-    refuse("has no model.safetensors")
-    (tmp_path / "model.safetensors").write_bytes(b"rubbish")
-    refuse("cannot be read")
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    for change, words in (
-        ({"model_type": "llama"}, "model_type='llama'"),
-        ({"activation_function": "relu"}, "activation_function='relu'"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ({"n_inner": 7}, "n_inner=7"),
+    gpt2 = GPT2Config(n_positions=48, n_embd=32, n_layer=1, n_head=2).to_dict()
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    qwen3 = Qwen3Config(
+        **shape, head_dim=16, intermediate_size=128, rope_theta=1e4, tie_word_embeddings=False
+    ).to_dict()
+    for config in (gpt2, qwen3):
+        write(json.dumps(config))
+        refuse(tmp_path, "has no model.safetensors")
+    for config, change, words in (
+        (gpt2, {"model_type": "llama"}, "model_type is 'llama'; this program reads gpt2 and qwen3"),
+        (gpt2, {"activation_function": "quick_gelu"}, "activation_function='quick_gelu'"),
+        (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        (gpt2, {"n_inner": 7}, "n_inner=7"),
+        (gpt2, {"n_head": 5}, "impossible shape"),
+        (qwen3, {"num_key_value_heads": 1}, "num_key_value_heads=1"),
+        (qwen3, {"head_dim": 128}, "head_dim=128"),
+        (qwen3, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta=1000000.0"),
+        (qwen3, {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
     ):
         write(json.dumps({**config, **change}))
-        refuse(words)
-    write(json.dumps({key: value for key, value in config.items() if key != "n_layer"}))
-    refuse("no n_layer")
+        refuse(tmp_path, words)
+    write(json.dumps({key: value for key, value in gpt2.items() if key != "n_layer"}))
+    refuse(tmp_path, "no n_layer")
+    write("{")
+    refuse(tmp_path, "config.json cannot be read")
+
+
+def test_bad_weights_in_a_folder_are_one_sentence(folder, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"rubbish")
+    refuse(tmp_path, "model.safetensors: cannot be read")
+    save_file({"wpe.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    refuse(tmp_path, "its weights lack transformer.wte.weight")
+
+
+def test_another_tokenizer_is_one_sentence(folder, tmp_path):
+    """Of the same size: two tokens have changed places."""
+    shutil.copytree(folder, tmp_path / "other")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refuse(tmp_path / "other", "its tokenizer.json is not GPT-2's")
 
 
 def test_an_unknown_hub_name_is_one_sentence(tmp_path):

@@ -32,7 +32,7 @@ def make_model(block_size, vocab_size=300, architecture="gpt2"):
             if architecture == "gpt2":
                 parameter.mul_(6)
             else:
-                parameter.add_(torch.randn_like(parameter), alpha=0.5 if architecture == "qwen3" else 0.4)
+                parameter.add_(torch.randn_like(parameter), alpha=0.5)
         if architecture == "gpt2":
             model.transformer.wpe.weight.mul_(4)
     return model

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, SmallMemory, run
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -78,12 +80,13 @@ def test_the_head_never_takes_a_gigabyte():
     assert 0.4e9 < peak_bytes(tracker) - inputs < 1e9  # at least the chunk's logits and the weight's gradient
 
 
-@pytest.mark.parametrize(
-    "bias, architecture, batch_size, n_layer", [(False, "gpt2", 4, 6), (True, "gpt2", 2, 12), (False, "nanochat", 4, 6)]
-)
-def test_the_plan_predicts_the_peak(bias, architecture, batch_size, n_layer):
+SHAPES = [("gpt2", False, 4, 6), ("gpt2", True, 2, 12), ("qwen3", False, 4, 6)]
+
+
+@pytest.mark.parametrize("architecture, bias, batch_size, n_layer", SHAPES)
+def test_the_plan_predicts_the_peak(architecture, bias, batch_size, n_layer):
     """predict_memory against what a training step allocates in eager mode, at GPT-2's width and length."""
-    own = {"optimizer": "muon", "embedding_lr": 0.1, "head_lr": 0.1} if architecture == "nanochat" else {}
+    own = {"optimizer": "muon", "embedding_lr": 0.1, "head_lr": 0.1} if architecture == "qwen3" else {}
     config = TrainConfig(n_layer=n_layer, bias=bias, architecture=architecture, **own)
     with FakeTensorMode():
         model = GPT(GPTConfig(**config.shape, vocab_size=50304))
@@ -100,10 +103,33 @@ def test_the_plan_predicts_the_peak(bias, architecture, batch_size, n_layer):
                         optimizer.step()
                     model.zero_grad(set_to_none=True)
                 tracker.reset_mod_stats()
-    predicted = sum(predict_memory(model, batch_size, "bfloat16", config.optimizer).values())
-    if architecture == "nanochat":  # whose queries and keys a CPU in eager mode keeps in float32 beside bfloat16
-        predicted += batch_size * 1024 * n_layer * 2 * 4 * 768
-    assert predicted == pytest.approx(peak_bytes(tracker), rel=0.1)  # the allocator's own slack is of that order
+    predicted = sum(predict_memory(model, batch_size, "bfloat16", config.optimizer, compiled=False).values())
+    assert predicted == pytest.approx(peak_bytes(tracker), rel=0.05)
+
+
+@pytest.mark.parametrize("architecture, bias, batch_size, n_layer", SHAPES)
+def test_the_plan_predicts_what_the_compiled_model_saves(architecture, bias, batch_size, n_layer):
+    """Its activations against the tensors that AOTAutograd's partitioner keeps for the backward pass."""
+    saved = []
+
+    def forward_compiler(graph, inputs):
+        (output,) = graph.graph.find_nodes(op="output")
+        kept = {node: node.meta["val"] for node in output.args[0] if node is not None and node.op != "placeholder"}
+        saved.append(sum(val.nbytes for val in kept.values() if isinstance(val, torch.Tensor)))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward_compiler,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    with FakeTensorMode():
+        model = GPT(GPTConfig(n_layer=n_layer, bias=bias, architecture=architecture))
+        x = torch.zeros(batch_size, 1024, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.compile(model, backend=backend)(x, x)
+    of_head = 50304 * 768 * 4 + batch_size * 1024 * 768 * 2  # its gradients, which it computes in the forward pass
+    assert predict_memory(model, batch_size, "bfloat16")["activations"] == pytest.approx(sum(saved) - of_head, rel=0.05)
 
 
 @pytest.mark.parametrize(

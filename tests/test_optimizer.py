@@ -13,7 +13,10 @@ from conftest import load, metrics, train
 from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
-MUON = {"architecture": "nanochat", "optimizer": "muon", "learning_rate": 0.02, "embedding_lr": 0.3, "head_lr": 0.004}
+MUON = {
+    "architecture": "qwen3", "optimizer": "muon", "learning_rate": 0.02, "embedding_lr": 0.3, "head_lr": 0.004,
+    "vector_lr": 0.01,
+}  # fmt: skip
 
 
 def make(**settings):
@@ -43,9 +46,11 @@ def test_adamw_decays_the_matrices_and_not_the_vectors():
 def test_muon_updates_the_blocks_matrices_and_adamw_the_rest():
     model, optimizers = make(**MUON, weight_decay=0.05)
     ((matrices, muon),) = groups_by_name(model, optimizers["muon"])
-    assert matrices == {name for name, _ in model.named_parameters() if ".h." in name}
+    assert matrices == {name for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
     assert (muon["lr"], muon["weight_decay"], muon["momentum"], muon["nesterov"]) == (0.02, 0.05, 0.95, True)
-    (embeddings, first), (head, second) = groups_by_name(model, optimizers["optimizer"])
+    (gains, third), (embeddings, first), (head, second) = groups_by_name(model, optimizers["optimizer"])
+    assert (gains, third["lr"]) == ({name for name, p in model.named_parameters() if p.dim() == 1}, 0.01)
+    assert third["weight_decay"] == 0.0
     assert (embeddings, first["lr"], first["weight_decay"]) == ({"transformer.wte.weight"}, 0.3, 0.0)
     assert (head, second["lr"], second["weight_decay"]) == ({"lm_head.weight"}, 0.004, 0.0)
 
@@ -59,7 +64,7 @@ def test_with_muon_adamw_updates_gpt2s_embeddings_and_vectors():
     assert matrices | vectors | embeddings == {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("shape", [(96, 32), (32, 32), (32, 128)])
+@pytest.mark.parametrize("shape", [(96, 32), (32, 32), (128, 32)])
 def test_muons_update_is_orthogonal(shape):
     """Muon's property: all singular values of an update are alike, whatever those of the gradient are."""
     torch.manual_seed(0)
@@ -113,6 +118,7 @@ def test_muon_learns_and_logs_the_rate_of_each_group(muon_run):
     assert [r["train_loss"] for r in records if "train_loss" in r][-1] < 4  # the uniform guess has 5.5
     assert all(r["lr_embedding"] == pytest.approx(15 * r["lr"]) for r in records)
     assert all(r["lr_head"] == pytest.approx(0.2 * r["lr"]) for r in records)
+    assert all(r["lr_vectors"] == pytest.approx(0.5 * r["lr"]) for r in records)
     assert [r["lr"] for r in records if r["iter"] == 10][0] == pytest.approx(0.02)
     assert records[-1]["lr"] == 0
 
@@ -124,7 +130,7 @@ def test_muon_resumes_bit_for_bit(muon_run, bins, tmp_path):
     resumed = train(bins, tmp_path, **settings, init_from="resume")
     assert resumed.returncode == 0, resumed.stderr
     first, second = load(muon_run[0]), load(tmp_path)
-    assert first["model_args"]["architecture"] == "nanochat"
+    assert first["model_args"]["architecture"] == "qwen3"
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
     for optimizer in ("optimizer", "muon"):
@@ -149,10 +155,10 @@ def test_a_rate_changed_at_a_resume_is_used(bins, tmp_path):
 def test_another_architecture_is_not_resumed(muon_run, bins):
     refused = train(bins, muon_run[0], init_from="resume")
     assert refused.returncode != 0
-    assert "architecture=nanochat" in refused.stderr
+    assert "architecture=qwen3" in refused.stderr
 
 
 def test_muon_needs_the_rates_of_the_others(bins, tmp_path):
-    refused = train(bins, tmp_path, architecture="nanochat", optimizer="muon", embedding_lr=0.3)
+    refused = train(bins, tmp_path, architecture="qwen3", optimizer="muon", embedding_lr=0.3)
     assert refused.returncode != 0
     assert re.search("embedding_lr and head_lr", refused.stderr)

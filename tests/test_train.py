@@ -178,7 +178,7 @@ BAD_INPUT = {
     ),
     "no checkpoint": (lambda folder: None, {"init_from": "resume"}, "no such checkpoint"),
     "no such device": (lambda folder: None, {"device": "cuda:77"}, "device=cuda:77"),
-    "impossible shape": (lambda folder: None, {"n_head": 5}, "n_head=4 or 8"),
+    "impossible shape": (lambda folder: None, {"n_head": 5}, "n_head=4 or 8 would do"),
 }  # fmt: skip
 
 

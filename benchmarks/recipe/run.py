@@ -3,7 +3,7 @@ Trains one row of the recipe proxy to its end, and appends what it measured to b
 
     python benchmarks/recipe/run.py muon-qwen3 --dataset=FOLDER
     python benchmarks/recipe/run.py muon-qwen3 --dataset=FOLDER --learning_rate=0.01 --seed=1338
-    python benchmarks/recipe/run.py muon-nanochat --dataset=FOLDER --softcap=false --tokens=4000000
+    python benchmarks/recipe/run.py adamw-gpt2 --dataset=FOLDER --tokens=4000000
 
 FOLDER is what benchmarks/recipe/data.py made. A row is a model of 4 layers, 128 wide, that sees 256 tokens, trained on
 4,096 tokens an iteration, in bfloat16 (--dtype=float32 for a CPU without its instructions). Any setting of train.py
@@ -34,23 +34,22 @@ from common import circumstances
 from onenight.device import Ranks, choose_device, choose_dtype
 from onenight.optimizer import schedule
 from onenight.train_config import TrainConfig
-from onenight.trainer import Trainer, model_args
+from onenight.trainer import Trainer
 
 import torch
-from torch.nn import functional as F
 
 from configurator import configure, setting
-from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "block_size": 256, "batch_size": 16, "dtype": "bfloat16"}
-MODERN = {"embedding_lr": 0.1, "head_lr": 6e-3, "beta1": 0.8, "weight_decay": 0.0, "warmdown": 0.7}
+MODERN = {"architecture": "qwen3", "embedding_lr": 0.1, "head_lr": 6e-3, "beta1": 0.8, "weight_decay": 0.0}
+TRAPEZOID = {"warmdown": 0.7}
 ADAMW = {"learning_rate": 2e-3, "vector_lr": 0.0}
 MUON = {"optimizer": "muon", "learning_rate": 0.02, "vector_lr": 0.015}
 ROWS = {
     "adamw-gpt2": {**ADAMW, "warmup": 0.05, "weight_decay": 0.1},
-    "muon-gpt2": {**MUON, "embedding_lr": 2e-3, "weight_decay": 0.0, "warmdown": 0.7},
-    **{f"adamw-{name}": {"architecture": name, **MODERN, **ADAMW} for name in ("nanochat", "qwen3")},
-    **{f"muon-{name}": {"architecture": name, **MODERN, **MUON} for name in ("nanochat", "qwen3")},
+    "muon-gpt2": {**MUON, **TRAPEZOID, "embedding_lr": 2e-3, "weight_decay": 0.0},
+    "adamw-qwen3": {**MODERN, **TRAPEZOID, **ADAMW},
+    "muon-qwen3": {**MODERN, **TRAPEZOID, **MUON},
 }
 RATES = ("learning_rate", "embedding_lr", "head_lr", "vector_lr")
 EVALS, EVAL_ITERS, LAST_EVAL_ITERS = 8, 4, 32  # evaluations in a run and their size, the last one larger
@@ -62,8 +61,6 @@ class RecipeConfig(TrainConfig):
     rates: float = setting(1.0, "factor of all peak learning rates")
     warmup: float = setting(0.0, "warmup_iters as a share of max_iters")
     warmdown: float = setting(0.0, "warmdown_iters as a share of max_iters; 0: cosine down to a tenth")
-    softcap: bool = setting(True, "nanochat's softcap on the logits")
-    z_loss: float = setting(0.0, "weight of the mean squared log of the softmax's denominator, added in training")
     save: str = setting(str(Path(__file__).with_name("results.jsonl")), "the file that the run is appended to")
 
 
@@ -94,9 +91,7 @@ def main(arguments: list[str]):
 def run(config: RecipeConfig) -> dict:
     """Trains, and returns the val loss at each number of tokens, and the median seconds of an iteration."""
     device = choose_device(config.device)
-    torch.manual_seed(config.seed)
-    model = change(GPT(GPTConfig(**model_args(config))), config)
-    trainer = Trainer(config, device, choose_dtype(config.dtype, device), Ranks(), model=model)
+    trainer = Trainer(config, device, choose_dtype(config.dtype, device), Ranks())
     losses, seconds, started = [], [], time.monotonic()
     due = {round(share * config.max_iters / EVALS) for share in range(1, EVALS + 1)}
     for i in range(1, config.max_iters + 1):
@@ -109,25 +104,6 @@ def run(config: RecipeConfig) -> dict:
             print(f"iter {i}: val loss {losses[-1][1]:.4f}, {time.monotonic() - started:.0f}s", flush=True)
     s_per_iter = round(statistics.median(seconds), 4)
     return {"val_loss": losses, "s_per_iter": s_per_iter, "threads": torch.get_num_threads(), **circumstances(device)}
-
-
-def change(model: GPT, config: RecipeConfig) -> GPT:
-    """The model without its softcap, or with a z-loss (arXiv:2204.02311), where the settings say so."""
-    if not config.softcap:
-        model.softcap = 0.0
-    if config.z_loss:
-        whole = model.forward
-
-        def forward(idx, targets=None):
-            if not model.training:
-                return whole(idx, targets)
-            logits = model.lm_head(model.hidden(idx)).flatten(0, 1).float()
-            return None, F.cross_entropy(logits, targets.flatten()) + config.z_loss * logits.logsumexp(
-                -1
-            ).square().mean()
-
-        model.forward = forward
-    return model
 
 
 if __name__ == "__main__":
