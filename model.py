@@ -41,7 +41,7 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
-            near = sorted(sorted(heads, key=lambda h: abs(h - self.n_head))[:2])
+            near = [h for h in heads if h < self.n_head][-1:] + [h for h in heads if h > self.n_head][:1]
             raise ValueError(
                 f"n_embd={self.n_embd} cannot be split into n_head={self.n_head} equal heads; "
                 f"n_head={' or '.join(map(str, near))} would do"

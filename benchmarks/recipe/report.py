@@ -1,0 +1,65 @@
+"""
+The table and the picture of benchmarks/recipe/results.jsonl: prints Markdown, and draws benchmarks/recipe/loss.png.
+
+    python benchmarks/recipe/report.py
+
+The last column compares by tokens: how many times those of `muon-qwen3` a run takes to the same loss. It is
+exp((loss - loss of muon-qwen3) / slope), where the slope is what muon-qwen3 itself gains for each e-fold of tokens,
+from its runs of different lengths; the loss of muon-qwen3 is the mean over its seeds.
+"""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+FOLDER = Path(__file__).parent
+BASE = "muon-qwen3"
+
+
+def main():
+    runs = [json.loads(line) for line in (FOLDER / "results.jsonl").read_text().splitlines()]
+    rows = defaultdict(list)
+    for run in runs:
+        name = " ".join(filter(None, (run["row"], run["changes"].replace("--", ""))))
+        rows[name, run["tokens"]].append(run)
+    loss = {key: statistics.mean(final(run) for run in found) for key, found in rows.items()}
+    lengths = sorted(tokens for name, tokens in rows if name == BASE)
+    first, last = lengths[0], lengths[-1]
+    slope = (loss[BASE, first] - loss[BASE, last]) / math.log(last / first)
+    print(
+        f"{BASE}: {slope:.3f} nats for each e-fold of tokens, between {first / 1e6:.1f} and {last / 1e6:.1f} million\n"
+    )
+    for length in reversed(lengths):
+        print(f"| {length / 1e6:.1f} million tokens | val loss, by seed | times the tokens of {BASE} |\n|---|---|---|")
+        for name, tokens in sorted((key for key in rows if key[1] == length), key=loss.get):
+            times = math.exp((loss[name, tokens] - loss[BASE, tokens]) / slope)
+            losses = ", ".join(f"{final(run):.4f}" for run in rows[name, tokens])
+            print(f"| {name} | {losses} | {'' if 'n_embd' in name else f'{times:.2f}'} |")
+        print()
+    draw([run for run in runs if run["tokens"] == last and run["seed"] == runs[0]["seed"]])
+
+
+def final(run: dict) -> float:
+    return run["val_loss"][-1][1]
+
+
+def draw(runs: list[dict]):
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for run in sorted(runs, key=final):
+        tokens, losses = zip(*run["val_loss"])
+        label = f"{run['row']} {run['changes'].replace('--', '')}".strip()
+        axes.plot([n / 1e6 for n in tokens], losses, marker="o", markersize=3, label=f"{label}: {losses[-1]:.3f}")
+    axes.set_xlabel("million tokens")
+    axes.set_ylabel("val loss (nats per token, 4,096 ids)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(FOLDER / "loss.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
