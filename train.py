@@ -21,6 +21,7 @@ from pathlib import Path
 from onenight.checkpoint import BEST, LATEST, PREVIOUS, check_space, has_checkpoint, load_latest, save_checkpoint
 from onenight.device import choose_device, choose_dtype, measure_tflops, peak_memory_gb, start_ranks
 from onenight.files import duration, make_folder
+from onenight.hours import decide_length, open_ended
 from onenight.metrics import Metrics, Pace, start_wandb
 from onenight.optimizer import learning_rates, schedule
 from onenight.plan import print_plan, recipe_warning
@@ -44,6 +45,10 @@ def main(arguments: list[str]):
             "continue it with --init_from=resume, or choose another --out_dir, or delete it"
         )
     ranks, device = start_ranks(config.device)
+    from_scratch = config.init_from == "scratch" or config.plan
+    checkpoint = None if from_scratch else resolve_checkpoint(config.init_from, out_dir)
+    if config.eval_only and checkpoint:
+        config = config.with_shape_of(checkpoint["model_args"])
     device = choose_device(device)
     dtype = choose_dtype(config.dtype, device)
     ceiling = measure_tflops(device, dtype)
@@ -52,17 +57,18 @@ def main(arguments: list[str]):
     if config.plan:
         ranks.stop()
         return
-    checkpoint = None if config.init_from == "scratch" else resolve_checkpoint(config.init_from, out_dir)
     trainer = Trainer(config, device, dtype, ranks, checkpoint)
     if config.init_from == "resume":
         resume(trainer, checkpoint)
     elif checkpoint:
         print(f"starting from {config.init_from}")
+    if config.hours:
+        trainer.config = open_ended(config, trainer.progress)
     progress = trainer.progress
     if config.eval_only:
         train_loss, val_loss = trainer.evaluate(trainer.train_tokens), trainer.evaluate(trainer.val_tokens)
         print(f"step {progress.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-    elif progress.iter_num >= config.max_iters and progress.evaluated_iter == progress.iter_num:
+    elif progress.iter_num >= trainer.config.max_iters and progress.evaluated_iter == progress.iter_num:
         print(f"this run is finished (iter {progress.iter_num:,}); a larger --max_iters would extend it")
     else:
         run(trainer, Pace(trainer, ceiling), out_dir)
@@ -82,13 +88,11 @@ def resume(trainer: Trainer, checkpoint: dict):
     if new_data:
         trainer.progress.position = 0
     print(f"resuming at iter {trainer.progress.iter_num:,}, best val loss {trainer.progress.best_val_loss:.4f}")
-    before = checkpoint.get("config", {})
+    before, own = checkpoint.get("config", {}), {"init_from", "out_dir", "eval_only", "allow_new_data"}
+    if config.hours:  # which has its own say on these
+        own |= {"max_iters", "lr_decay_iters", "warmdown_iters"}
     for key, value in asdict(config).items():
-        if (
-            key in before
-            and before[key] != value
-            and key not in ("init_from", "out_dir", "eval_only", "allow_new_data")
-        ):
+        if key in before and before[key] != value and key not in own:
             print(f"changed since: {key} {before[key]} -> {value}")
 
 
@@ -119,9 +123,11 @@ def run(trainer: Trainer, pace: Pace, out_dir: Path):
 
 def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, stop: "StopSignal") -> str:
     """Iterates until max_iters, or until something else ends it; saves and evaluates. Returns why it ended."""
-    config, rollbacks, went_back_to = trainer.config, 0, 0
+    rollbacks = went_back_to = 0
     while True:
-        progress = trainer.progress
+        if trainer.config.hours:
+            decide_length(trainer, pace)
+        config, progress = trainer.config, trainer.progress
         iter_num, done = progress.iter_num, progress.iter_num >= config.max_iters
         lr_share, asked = schedule(config, iter_num), trainer.ranks.any(stop.asked, trainer.device)
         due = (done or iter_num % config.eval_interval == 0) and progress.evaluated_iter != iter_num
@@ -130,6 +136,7 @@ def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, 
             go_back(trainer, metrics, out_dir, rollbacks)
             went_back_to = trainer.progress.iter_num
             continue
+        started = time.monotonic()
         if due:
             if iter_num and config.always_save_checkpoint:  # before the evaluation, so that it cannot cost the run
                 save(trainer, metrics, out_dir)
@@ -137,6 +144,7 @@ def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, 
             improved = evaluate(trainer, metrics, lr_share, pace, out_dir)
             if improved and iter_num and not config.always_save_checkpoint:
                 save(trainer, metrics, out_dir)
+            pace.add_eval(time.monotonic() - started)
         stale = 0 < config.early_stop_patience <= progress.stale_evals
         if done or stale or asked:
             save(trainer, metrics, out_dir)
@@ -154,9 +162,8 @@ def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, 
 
 def evaluate(trainer: Trainer, metrics: Metrics | None, lr_share: float, pace: Pace, out_dir: Path) -> bool:
     """The loss on both splits: prints, records, draws it, and saves best.pt. Returns whether val loss improved."""
-    started, config, progress = time.monotonic(), trainer.config, trainer.progress
+    config, progress = trainer.config, trainer.progress
     train_loss, val_loss = trainer.evaluate(trainer.train_tokens), trainer.evaluate(trainer.val_tokens)
-    pace.eval_s = time.monotonic() - started
     print(f"step {progress.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
     improved = val_loss < progress.best_val_loss
     stale = val_loss >= progress.best_val_loss - config.early_stop_min_delta
@@ -210,8 +217,8 @@ def go_back(trainer: Trainer, metrics: Metrics | None, out_dir: Path, rollbacks:
             f"{advice}; {out_dir / LATEST} is good"
         )
     trainer.restore(load_latest(out_dir))
-    kept = {"position": now.position, "skipped_iters": now.skipped_iters, "elapsed_s": now.elapsed_s}
-    trainer.progress = replace(trainer.progress, **kept)
+    kept = ("position", "skipped_iters", "elapsed_s", "hours", "decisions", "max_iters", "warmdown_iters")
+    trainer.progress = replace(trainer.progress, **{key: getattr(now, key) for key in kept})
     if metrics:
         metrics.truncate(trainer.progress.iter_num, trainer.progress.evaluated_iter)
     print(f"loss or weights are not finite: back to iter {trainer.progress.iter_num}, with other data ahead")

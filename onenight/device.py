@@ -116,6 +116,12 @@ class Ranks:
         self.sum([total])
         return total.item() > 0
 
+    def from_first(self, value: float, device: torch.device) -> float:
+        """The value that the first process has."""
+        total = torch.tensor(value if self.is_first else 0.0, device=device)
+        self.sum([total])
+        return total.item()
+
     def stop(self):
         """Leaves the process group."""
         if self.world_size > 1:

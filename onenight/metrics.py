@@ -3,10 +3,11 @@
 import json
 import os
 import time
+from collections import deque
 from pathlib import Path
 
 from onenight.files import first_line, replacing
-from onenight.trainer import Trainer
+from onenight.trainer import EVAL_TOKENS, Trainer
 
 MAX_POINTS = 1000  # of a curve: more cannot be seen, and would take more time and memory at each drawing
 
@@ -16,11 +17,14 @@ class Pace:
     the evaluations. `ceiling`: the TFLOP/s that MFU is relative to."""
 
     SETTLING = 20
+    RECENT = 50  # iterations whose speed predicts the rest of the run
 
     def __init__(self, trainer: Trainer, ceiling: float):
         self.trainer, self.ceiling = trainer, ceiling
         self.started = time.monotonic() - trainer.progress.elapsed_s
-        self.steps, self.last_s, self.eval_s = 0, 0.0, 0.0
+        self.steps, self.last_s = 0, 0.0
+        self.eval_s, self.evals = 0.0, 0  # seconds of the last evaluation with its saving, and how many there were
+        self.recent = deque(maxlen=self.RECENT)
         self.counted, self.counted_s = 0, 0.0  # iterations since the settling
         self.lap_start = (0, 0.0)
         self.per_iter_s = 0.0
@@ -35,6 +39,22 @@ class Pace:
         self.steps, self.last_s = self.steps + 1, seconds
         if self.steps > self.SETTLING:
             self.counted, self.counted_s = self.counted + 1, self.counted_s + seconds
+            self.recent.append(seconds)
+
+    def add_eval(self, seconds: float):
+        """Counts an evaluation that took so long."""
+        self.evals, self.eval_s = self.evals + 1, seconds
+
+    def s_per_iter_with_evals(self) -> float:
+        """Seconds of an iteration of late, with its share of an evaluation. The first evaluation compiles: until there
+        is another one, it is taken to cost a third of training on as many tokens."""
+        config, per_iter = self.trainer.config, sum(self.recent) / len(self.recent)
+        if self.evals < 2:
+            tokens = (
+                min(len(self.trainer.val_tokens), config.eval_iters * EVAL_TOKENS) + config.eval_iters * EVAL_TOKENS
+            )
+            self.eval_s = min(self.eval_s, tokens / 3 / config.tokens_per_iter * per_iter)
+        return per_iter + self.eval_s / config.eval_interval
 
     def lap(self) -> float:
         """Mean seconds of the iterations since the last call; 0 as long as none counts."""
@@ -55,6 +75,8 @@ class Pace:
     def eta(self) -> float:
         """Seconds to the end at the present speed, if each evaluation still due takes as long as the last one."""
         config, done = self.trainer.config, self.trainer.progress.iter_num
+        if config.hours and not self.trainer.progress.decisions:
+            return config.hours * 3600 - self.elapsed()
         evals = -(-config.max_iters // config.eval_interval) - (done - 1) // config.eval_interval
         return (config.max_iters - done) * self.per_iter_s + evals * self.eval_s
 

@@ -20,6 +20,7 @@ TOKENS_PER_ITER = ("gradient_accumulation_steps", "batch_size", "block_size")  #
 # benchmarks/LOG.md). For 768 in bfloat16 that is 67 %; the CPU reached 57 %, and on the RTX 4070, rated at 58 TFLOP/s,
 # nanoGPT was reported to reach 48 % and nanochat 84 %.
 NARROW = {"float32": 120, "bfloat16": 370, "float16": 370}
+MAX_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
 EAGER = {"gpt2": 10, "qwen3": 42}  # bytes more for each token, block and channel without torch.compile, on a CPU
 RESERVE = 0.7 * GB  # not available to tensors, assumed: the CUDA context, and the allocator's fragments
 
@@ -31,22 +32,26 @@ def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: f
         model = GPT(GPTConfig(**model_args(config)))
     if config.plan_vram_gb and config.dtype == "auto":
         dtype = "bfloat16"  # whatever this machine has
-    total, train_bin = config.max_iters * config.tokens_per_iter, config.data_dir / "train.bin"
-    epochs = f"no {train_bin} yet"
-    if train_bin.exists():
-        train_tokens = train_bin.stat().st_size // 2
-        epochs = f"{total / max(train_tokens, 1):.2f} epochs of {train_tokens:,}"
-    memory = predict_memory(model, config.batch_size, dtype, config.optimizer, config.compile)
-    parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in memory.items())
-    print(f"parameters: {model.get_num_params() / 1e6:.2f}M, {model.flops_per_token() / 1e6:,.0f} MFLOP per token")
-    print(f"tokens: {config.tokens_per_iter:,} per iteration, {config.max_iters:,} iterations, {total:,}; {epochs}")
-    print(f"memory: {sum(memory.values()) / GB:.1f} GB at the peak ({parts})")
-    print(f"fits: {judge_fit(config, model, device, dtype)}")
     speed, source = config.plan_tflops, f"{config.plan_tflops:g} TFLOP/s, as given"
     if not speed:
         share = config.n_embd / (config.n_embd + NARROW[dtype])
         speed, source = ceiling * share, f"{share:.0%} (expected) of {ceiling:.2f} TFLOP/s, measured here"
-    print(f"time: {duration(model.flops_per_token() * total / speed / 1e12)} at {source}; evaluations come on top")
+    s_per_iter = model.flops_per_token() * config.tokens_per_iter / speed / 1e12
+    iters = max(1, int(config.hours * 3600 / s_per_iter)) if config.hours else config.max_iters
+    total, train_bin = iters * config.tokens_per_iter, config.data_dir / "train.bin"
+    epochs = f"no {train_bin} yet"
+    if train_bin.exists():
+        train_tokens = train_bin.stat().st_size // 2
+        epochs = f"{total / max(train_tokens, 1):.2f} epochs of {train_tokens:,}"
+        if total > MAX_EPOCHS * train_tokens:
+            epochs += f" (over {MAX_EPOCHS} the same text teaches little more: prepare a second file as well)"
+    memory = predict_memory(model, config.batch_size, dtype, config.optimizer, config.compile)
+    parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in memory.items())
+    print(f"parameters: {model.get_num_params() / 1e6:.2f}M, {model.flops_per_token() / 1e6:,.0f} MFLOP per token")
+    print(f"tokens: {config.tokens_per_iter:,} per iteration, {iters:,} iterations, {total:,}; {epochs}")
+    print(f"memory: {sum(memory.values()) / GB:.1f} GB at the peak ({parts})")
+    print(f"fits: {judge_fit(config, model, device, dtype)}")
+    print(f"time: {duration(iters * s_per_iter)} at {source}; evaluations come on top")
 
 
 def recipe_warning(config: TrainConfig, arguments: list[str]) -> str:

@@ -1,6 +1,6 @@
 """The settings of a training run, with nanoGPT's names: default, type, range, and the reason to change each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onenight.device import DTYPES
@@ -51,6 +51,7 @@ class TrainConfig:
     head_lr: float = setting(0.0, "peak learning rate of a head that is not the embedding; 0: learning_rate", low=0)
     vector_lr: float = setting(0.0, "peak learning rate of gains and biases; 0: learning_rate", low=0)
     max_iters: int = setting(600000, "iterations in all", low=1)
+    hours: float = setting(0.0, "train so many hours: max_iters and the decay follow; 0: max_iters counts", low=0)
     weight_decay: float = setting(1e-1, "of matrices; not of embeddings and head that have their own rate", low=0)
     beta1: float = setting(0.9, "AdamW's", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's", low=0, below=1)
@@ -69,7 +70,7 @@ class TrainConfig:
 
     def __post_init__(self):
         problems = []
-        if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
+        if self.decay_lr and not self.hours and self.lr_decay_iters <= self.warmup_iters:
             problems.append(f"lr_decay_iters={self.lr_decay_iters} must be more than warmup_iters={self.warmup_iters}")
         own_rates = self.embedding_lr and (self.head_lr or ARCHITECTURES[self.architecture].tied)
         if self.optimizer == "muon" and not own_rates:
@@ -91,6 +92,11 @@ class TrainConfig:
         """The model's, as GPTConfig takes it, without the vocabulary. For GPT-2 it has nanoGPT's keys only."""
         shape = {key: getattr(self, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")}
         return shape if self.architecture == "gpt2" else {**shape, "architecture": self.architecture}
+
+    def with_shape_of(self, model_args: dict) -> "TrainConfig":
+        """With the shape of a checkpoint, which block_size may cut short."""
+        shape = {"architecture": "gpt2", **model_args, "block_size": min(self.block_size, model_args["block_size"])}
+        return replace(self, **{key: value for key, value in shape.items() if key != "vocab_size"})
 
     @property
     def tokens_per_iter(self) -> int:

@@ -33,6 +33,10 @@ class Progress:
     skipped_iters: int = 0  # iterations without an update, because loss or gradient was not finite
     elapsed_s: float = 0.0
     wandb_id: str = ""
+    hours: float = 0.0  # for which the following were decided: see hours.py
+    decisions: int = 0
+    max_iters: int = 0
+    warmdown_iters: int = 0
 
     @classmethod
     def of(cls, checkpoint: dict, windows_per_iter: int) -> "Progress":
@@ -119,11 +123,11 @@ class Trainer:
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
-        is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
-        if is_finite or self.scaler.is_enabled():  # a scaler skips the update itself, and lowers its scale
+        if math.isfinite(loss) and math.isfinite(norm):  # one decision for all optimizers
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
-            self.scaler.update()
+        self.scaler.update()  # lowers the scale after an overflow, which is not the model's fault
+        is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
         self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
         self.progress.skipped_iters += not is_finite
         self.progress.position += self.windows_per_iter

@@ -83,3 +83,19 @@ def test_the_config_for_finetuning(gpt2, bins, tmp_path):
     assert result.returncode == 0, result.stderr
     assert {r["lr"] for r in metrics(tmp_path / "out")} == {3e-5}
     assert (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_the_loss_of_other_weights_needs_no_shape(gpt2, bins, tmp_path):
+    """--eval_only takes the shape from the weights, for GPT-2 and for a checkpoint of another architecture alike."""
+    folder, model = gpt2
+    result = train(bins, tmp_path / "none", init_from=folder, eval_only=True, n_layer=7, bias=False)
+    assert result.returncode == 0, result.stderr
+    ids = np.fromfile(bins / "val.bin", "<u2").astype(np.int64)
+    printed = float(re.search(r"val loss ([\d.]+)$", result.stdout, re.M)[1])
+    assert printed == pytest.approx(loss_of(model, ids), abs=2e-3)
+    qwen3 = {"architecture": "qwen3", "n_head": 4, "max_iters": 5}
+    trained = train(bins, tmp_path / "qwen3", **qwen3)
+    assert trained.returncode == 0, trained.stderr
+    result = train(bins, tmp_path / "none", init_from=tmp_path / "qwen3" / "ckpt.pt", eval_only=True)
+    assert result.stdout.splitlines()[-1].split(": ")[1:] == re.findall("^step 5: (.*)", trained.stdout, re.M)
+    assert not (tmp_path / "none").exists()

@@ -138,7 +138,7 @@ def test_the_plan_predicts_what_the_compiled_model_saves(architecture, bias, bat
     [
         # beside the matrices of products the gains; and the second one has embeddings apart from its head
         ("train_fineweb_4070", 6000, 524_288, 25 * 768, 27, 10),
-        ("train_fineweb_4070_fast", 4400, 262_144, 50304 * 768 + 25 * 768 + 24 * 128, 7, 10),
+        ("train_fineweb_4070_fast", 6500, 262_144, 50304 * 768 + 25 * 768 + 24 * 128, 9, 10),
     ],
 )
 def test_a_plan_for_another_card(name, iters, per_iter, lookups, at_most_hours, at_most_gb):

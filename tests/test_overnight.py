@@ -338,3 +338,23 @@ def test_any_signal_stops_all_processes(bins, tmp_path):
     assert process.returncode == 0, stderr
     assert "stopped at iter" in stdout
     assert load(tmp_path)["iter_num"] >= 23
+
+
+def test_an_overflow_under_loss_scaling_skips_all_optimizers_and_is_no_bad_iteration(bins):
+    """With Muon and AdamW: an infinite gradient in one of them must leave the weights of both as they are."""
+    muon = {"architecture": "qwen3", "optimizer": "muon", "embedding_lr": 0.1, "head_lr": 0.01, "vector_lr": 0.01}
+    settings = {**TINY, "dataset": str(bins), "out_dir": "unused", **muon}
+    trainer = Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
+    for _ in range(3):  # head and outputs begin at zero, and pass no gradient on before they have changed
+        trainer.step(1.0)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    overflow = trainer.model.lm_head.weight.register_hook(lambda grad: grad * torch.inf)
+    trainer.step(1.0)
+    assert trainer.scaler.get_scale() == 2.0**15
+    assert trainer.skipped_in_row == trainer.progress.skipped_iters == 0
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    overflow.remove()
+    trainer.step(1.0)
+    after = trainer.model.state_dict()
+    assert all(value.isfinite().all() and not torch.equal(value, before[name]) for name, value in after.items())

@@ -3,9 +3,9 @@ The table and the picture of benchmarks/recipe/results.jsonl: prints Markdown, a
 
     python benchmarks/recipe/report.py
 
-The last column compares by tokens: how many times those of `muon-qwen3` a run takes to the same loss. It is
-exp((loss - loss of muon-qwen3) / slope), where the slope is what muon-qwen3 itself gains for each e-fold of tokens,
-from its runs of different lengths; the loss of muon-qwen3 is the mean over its seeds.
+The last column compares by tokens: how many times those of `muon-qwen3` a row takes to the same loss. It is
+exp(difference / slope), where the difference of the losses is the mean over the seeds that both have, because the seed
+decides which text is seen and moves all rows alike; and the slope is what muon-qwen3 gains for each e-fold of tokens.
 """
 
 import json
@@ -22,25 +22,30 @@ BASE = "muon-qwen3"
 
 def main():
     runs = [json.loads(line) for line in (FOLDER / "results.jsonl").read_text().splitlines()]
-    rows = defaultdict(list)
+    rows = defaultdict(dict)  # by name and tokens: the loss by seed
     for run in runs:
         name = " ".join(filter(None, (run["row"], run["changes"].replace("--", ""))))
-        rows[name, run["tokens"]].append(run)
-    loss = {key: statistics.mean(final(run) for run in found) for key, found in rows.items()}
+        rows[name, run["tokens"]][run["seed"]] = final(run)
     lengths = sorted(tokens for name, tokens in rows if name == BASE)
     first, last = lengths[0], lengths[-1]
-    slope = (loss[BASE, first] - loss[BASE, last]) / math.log(last / first)
+    slope = difference(rows[BASE, first], rows[BASE, last]) / math.log(last / first)
     print(
         f"{BASE}: {slope:.3f} nats for each e-fold of tokens, between {first / 1e6:.1f} and {last / 1e6:.1f} million\n"
     )
     for length in reversed(lengths):
         print(f"| {length / 1e6:.1f} million tokens | val loss, by seed | times the tokens of {BASE} |\n|---|---|---|")
-        for name, tokens in sorted((key for key in rows if key[1] == length), key=loss.get):
-            times = math.exp((loss[name, tokens] - loss[BASE, tokens]) / slope)
-            losses = ", ".join(f"{final(run):.4f}" for run in rows[name, tokens])
-            print(f"| {name} | {losses} | {'' if 'n_embd' in name else f'{times:.2f}'} |")
+        found = [(name, losses) for (name, tokens), losses in rows.items() if tokens == length]
+        for name, losses in sorted(found, key=lambda row: difference(row[1], rows[BASE, length])):
+            times = math.exp(difference(losses, rows[BASE, length]) / slope)
+            by_seed = ", ".join(f"{loss:.4f}" for _, loss in sorted(losses.items()))
+            print(f"| {name} | {by_seed} | {'' if 'n_embd' in name else f'{times:.2f}'} |")
         print()
     draw([run for run in runs if run["tokens"] == last and run["seed"] == runs[0]["seed"]])
+
+
+def difference(one: dict[int, float], other: dict[int, float]) -> float:
+    """The mean difference of two rows' losses over the seeds that both have."""
+    return statistics.mean(one[seed] - other[seed] for seed in one.keys() & other.keys())
 
 
 def final(run: dict) -> float:
