@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from onenight.console import set_up_output
 from onenight.device import DTYPES
 from onenight.files import duration, make_folder, rename, replacing
 from onenight.huggingface import MODEL_TYPES, merges, vocabulary, write_config, write_weights
@@ -56,6 +57,7 @@ class ExportConfig:
 
 
 def main(arguments: list[str]):
+    set_up_output("stdout", "stderr")
     config = configure(ExportConfig, arguments, __doc__)
     target = Path(config.export_dir)
     if target.exists():

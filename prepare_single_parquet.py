@@ -23,6 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from onenight.bins import SPLITS, BinsWriter, check_bin, clear_work, is_complete, read_meta
+from onenight.console import set_up_output
 from onenight.files import make_folder
 from onenight.parquet import Batch, Source, find_parquets, fingerprint, open_source, read_batches
 from onenight.tokenizer import EOT, VOCAB_SIZE, encode_documents, read_ranks
@@ -67,6 +68,7 @@ class Tokenized:
 
 
 def main(arguments: list[str], checkpoint_s: float = CHECKPOINT_S):
+    set_up_output("stdout", "stderr")
     config = configure(PrepareConfig, arguments, __doc__)
     out_dir, started = Path(config.out_dir), time.monotonic()
     if config.verify:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from onenight.console import set_up_output
 from onenight.device import DTYPES, choose_device, choose_dtype, compile_model, use_tf32
 from onenight.generate import Sampling, draw_uniforms, generate
 from onenight.pretrained import build_model, resolve_checkpoint
@@ -50,8 +51,10 @@ class SampleConfig:
 
 
 def main(arguments: list[str]):
+    set_up_output("stderr")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     config = configure(SampleConfig, arguments, __doc__)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     use_tf32(device)
@@ -70,6 +73,8 @@ def main(arguments: list[str]):
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        raise SystemExit(f"the text cannot be written: {error.strerror}")
 
 
 def read_prompt(start: str) -> str:

@@ -8,17 +8,16 @@ Trains a GPT on data/<dataset>/{train,val}.bin.
     python train.py config/finetune_gpt2.py --dataset=mine              # from GPT-2, on data/mine
     torchrun --standalone --nproc_per_node=4 train.py config/train_fineweb_4070.py      # on four GPUs
 
-Writes out_dir/ckpt.pt, best.pt, metrics.jsonl and loss.png. Ctrl-C and SIGTERM save and stop.
+Writes out_dir/ckpt.pt, best.pt, metrics.jsonl and loss.png. Ctrl-C, SIGTERM and closing the terminal save and stop.
 """
 
-import os
-import signal
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from onenight.checkpoint import BEST, LATEST, PREVIOUS, check_space, has_checkpoint, load_latest, save_checkpoint
+from onenight.console import StopSignal, set_up_output
 from onenight.device import choose_device, choose_dtype, measure_tflops, peak_memory_gb, start_ranks
 from onenight.files import duration, make_folder
 from onenight.hours import decide_length, open_ended
@@ -32,11 +31,12 @@ from onenight.trainer import Trainer
 from configurator import configure
 
 BAD_IN_A_ROW = 5  # iterations without an update after which the run goes back to its last checkpoint
+SAVE_S = 600  # between two checkpoints at most: what a power cut can cost. A save takes seconds
 ROLLBACKS = 2  # in a row, without a checkpoint in between, after which it gives up
 
 
 def main(arguments: list[str]):
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file is always up to date
+    set_up_output("stdout", "stderr")
     config = configure(TrainConfig, arguments, __doc__)
     out_dir = Path(config.out_dir)
     if config.init_from != "resume" and has_checkpoint(out_dir) and not (config.eval_only or config.plan):
@@ -109,21 +109,18 @@ def run(trainer: Trainer, pace: Pace, out_dir: Path):
             trainer.progress.wandb_id = wandb_run.id if wandb_run else ""
         metrics = Metrics(out_dir, wandb_run)
         metrics.truncate(trainer.progress.iter_num, trainer.progress.evaluated_iter)
-    last_checkpoint = "--init_from=resume continues from the last checkpoint"
     try:
         ending = train(trainer, metrics, pace, out_dir, StopSignal())
     except KeyboardInterrupt:
-        print(f"stopped at once at iter {trainer.progress.iter_num:,}; {last_checkpoint}")
+        print("stopped at once; --init_from=resume continues from the last checkpoint")
         raise SystemExit(130) from None
-    except OSError as error:
-        raise SystemExit(f"{out_dir}: {error.strerror or error}; {last_checkpoint}")
     print(f"{ending}\n{summary(trainer, pace)}")
     print(f"loss picture: {out_dir / 'loss.png'}")
 
 
-def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, stop: "StopSignal") -> str:
+def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, stop: StopSignal) -> str:
     """Iterates until max_iters, or until something else ends it; saves and evaluates. Returns why it ended."""
-    rollbacks = went_back_to = 0
+    rollbacks, went_back_to, saved_at = 0, 0, time.monotonic()
     while True:
         if trainer.config.hours:
             decide_length(trainer, pace)
@@ -145,6 +142,10 @@ def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, 
             if improved and iter_num and not config.always_save_checkpoint:
                 save(trainer, metrics, out_dir)
             pace.add_eval(time.monotonic() - started)
+        elif started - saved_at > SAVE_S and trainer.weights_are_finite():
+            save(trainer, metrics, out_dir)
+        if due or started - saved_at > SAVE_S:
+            saved_at = time.monotonic()
         stale = 0 < config.early_stop_patience <= progress.stale_evals
         if done or stale or asked:
             save(trainer, metrics, out_dir)
@@ -240,21 +241,6 @@ def summary(trainer: Trainer, pace: Pace) -> str:
     if memory := peak_memory_gb(trainer.device):
         lines += [f"peak_memory_gb: {memory:.2f}"]
     return "\n".join(lines)
-
-
-class StopSignal:
-    """Notes Ctrl-C and SIGTERM: `asked` from the first on; a second Ctrl-C is a KeyboardInterrupt."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number: int, _frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-        os.write(2, b"\nsaving and stopping; Ctrl-C again stops at once\n")  # print may be what was interrupted
 
 
 if __name__ == "__main__":

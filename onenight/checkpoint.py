@@ -18,12 +18,13 @@ LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt-previous.pt", "best.pt"
 
 
 def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None):
-    """Replaces the file atomically; the old one stays as `keep`. Raises OSError, with nothing replaced."""
+    """Replaces the file atomically; the old one stays as `keep`. Raises SystemExit, with nothing replaced."""
     try:
         with replacing(path, keep=keep) as file:
             torch.save(checkpoint, file)
-    except RuntimeError as error:  # torch's writer raises it on a full disk
-        raise OSError(f"cannot be written ({first_line(error)})") from error
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise SystemExit(f"{path}: cannot be written ({reason}); --init_from=resume continues from the last checkpoint")
 
 
 def has_checkpoint(out_dir: Path) -> bool:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 
@@ -29,7 +30,14 @@ def replacing(path: Path, mode: str = "wb", keep: Path | None = None):
 
 def rename(source: Path, target: Path):
     """Renames, replacing `target`, and flushes the folder, so that the new name survives a power cut."""
-    os.replace(source, target)
+    for attempt in range(20):
+        try:
+            os.replace(source, target)
+            break
+        except PermissionError:  # on Windows a virus scanner may hold the file for a moment
+            if os.name != "nt" or attempt == 19:
+                raise
+            time.sleep(0.1)
     if os.name == "posix":  # Windows cannot open a folder, and does not need the flush
         folder = os.open(target.parent, os.O_RDONLY)
         try:

@@ -1,5 +1,6 @@
 """What a run reports: its speed, metrics.jsonl, loss.png drawn from it, and Weights & Biases if wanted."""
 
+import contextlib
 import json
 import os
 import time
@@ -87,26 +88,40 @@ class Metrics:
     val_loss and train_loss_eval. Losses are in nats per token."""
 
     def __init__(self, out_dir: Path, wandb_run=None):
-        self.path, self.wandb_run = out_dir / "metrics.jsonl", wandb_run
+        self.path, self.wandb_run, self.failed = out_dir / "metrics.jsonl", wandb_run, False
 
     def truncate(self, iter_num: int, evaluated_iter: int):
-        """Drops the records that a run resumed at iter_num will write again."""
+        """Drops the records that a run resumed at iter_num will write again, and lines that are not records."""
+        records = read_metrics(self.path)
+        n_lines = len(self.path.read_bytes().splitlines()) if self.path.is_file() else 0
+        if n_lines > len(records):
+            print(f"{self.path}: {n_lines - len(records)} lines are damaged or not ours, and left out")
         kept = [
             record
-            for record in read_metrics(self.path)
+            for record in records
             if record["iter"] < iter_num or ("val_loss" in record and record["iter"] == iter_num == evaluated_iter)
         ]
-        with replacing(self.path, "w") as file:
+        with self.failing_quietly(), replacing(self.path, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
+
+    @contextlib.contextmanager
+    def failing_quietly(self):
+        """Metrics that cannot be written never stop a run: the first failure is reported."""
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                print(f"{self.path}: cannot be written ({error.strerror}); the run goes on without it")
+            self.failed = True
 
     def sync(self):
         """Makes everything written so far survive a power cut."""
-        with open(self.path, "a") as file:
+        with self.failing_quietly(), open(self.path, "a") as file:
             os.fsync(file.fileno())
 
     def write(self, **record):
         """Appends a record, and logs it to Weights & Biases; a failure there ends that logging only."""
-        with open(self.path, "a") as file:
+        with self.failing_quietly(), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         if self.wandb_run:
             try:
@@ -124,13 +139,13 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; [] if there is none. A last line cut off by a crash is left out."""
+    """The records of a metrics.jsonl; [] if there is none. Lines that are not records, such as a last one cut off by a
+    crash, are left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            records += [record] if record["iter"] + record["tokens"] >= 0 else []
     return records
 
 

@@ -109,15 +109,10 @@ class Trainer:
         """Epochs trained on so far, with the fraction of the present one."""
         return self.progress.position / self.windows.windows_per_epoch
 
-    @property
-    def param_groups(self) -> list[dict]:
-        """The parameter groups of all optimizers."""
-        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-
     def step(self, lr_share: float = 1.0) -> float:
         """One iteration: the gradient over all micro-batches, clipped, and the update, with each learning rate at that
         share of its peak. Returns the mean loss. If the loss or the gradient is not finite there is no update."""
-        for group in self.param_groups:
+        for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
             group["lr"] = lr_share * group["peak_lr"]
         loss = self.within_memory(self.forward_backward)
         for optimizer in self.optimizers.values():
