@@ -3,7 +3,6 @@ Trains a GPT on data/<dataset>/{train,val}.bin.
 
     python train.py config/train_fineweb_4070.py --plan                 # what it will take: memory, hours, epochs
     python train.py config/train_fineweb_4070.py                        # from scratch
-    python train.py config/train_fineweb_4070.py --log_interval=10      # with another value for a setting
     python train.py config/train_fineweb_4070.py --init_from=resume     # continue from out_dir/ckpt.pt
     python train.py config/finetune_gpt2.py --dataset=mine              # from GPT-2, on data/mine
     torchrun --standalone --nproc_per_node=4 train.py config/train_fineweb_4070.py      # on four GPUs
@@ -141,7 +140,7 @@ def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, 
             improved = evaluate(trainer, metrics, lr_share, pace, out_dir)
             if improved and iter_num and not config.always_save_checkpoint:
                 save(trainer, metrics, out_dir)
-            pace.add_eval(time.monotonic() - started)
+            pace.evals, pace.eval_s = pace.evals + 1, time.monotonic() - started
         elif started - saved_at > SAVE_S and trainer.weights_are_finite():
             save(trainer, metrics, out_dir)
         if due or started - saved_at > SAVE_S:

@@ -1,6 +1,8 @@
-"""What the stage scripts share. Imported before torch, because it sets the environment that torch reads once."""
+"""What the stage scripts share. Imported first by each of them, because it sets the environment that torch reads once,
+and what Ctrl-C does: no traceback, exit status 130, at any moment."""
 
 import os
+import signal
 import sys
 
 # OpenMP's threads spin for 300,000 rounds before they sleep, and crawl on a busy machine: see benchmarks/LOG.md.
@@ -8,12 +10,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def exit_on_interrupt(kind, error, traceback):
-    """Ctrl-C where nothing handles it, such as during the imports: no traceback, exit status 130."""
+    """The excepthook of the scripts."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
         return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt this
     sys.stdout.flush()
     os._exit(130)
 
 
-sys.excepthook = exit_on_interrupt
+script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+if os.path.dirname(script) == os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # not in a test or notebook
+    sys.excepthook = exit_on_interrupt
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until the imports are done (see console.set_up_output): libraries turn the exception into others.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -34,7 +34,10 @@ class Output:
 
 
 def set_up_output(*names: str):
-    """Makes 'stdout' or 'stderr' an Output, line by line, with escapes for what its encoding lacks."""
+    """Makes 'stdout' or 'stderr' an Output, line by line, with escapes for what its encoding lacks; and Ctrl-C a
+    KeyboardInterrupt, now that the imports are done."""
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in names:
         stream = getattr(sys, name) or open(os.devnull, "w")  # closed from the start: a data file could take its number
         if hasattr(stream, "reconfigure"):  # not in a notebook

@@ -42,10 +42,6 @@ class Pace:
             self.counted, self.counted_s = self.counted + 1, self.counted_s + seconds
             self.recent.append(seconds)
 
-    def add_eval(self, seconds: float):
-        """Counts an evaluation that took so long."""
-        self.evals, self.eval_s = self.evals + 1, seconds
-
     def s_per_iter_with_evals(self) -> float:
         """Seconds of an iteration of late, with its share of an evaluation. The first evaluation compiles: until there
         is another one, it is taken to cost a third of training on as many tokens."""
@@ -145,7 +141,7 @@ def read_metrics(path: Path) -> list[dict]:
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
-            records += [record] if record["iter"] + record["tokens"] >= 0 else []
+            records += [record] if record["iter"] >= 0 else []
     return records
 
 

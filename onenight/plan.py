@@ -71,9 +71,7 @@ def recipe_warning(config: TrainConfig, arguments: list[str]) -> str:
     )
 
 
-def predict_memory(
-    model: GPT, batch_size: int, dtype: str, optimizer: str = "adamw", compiled: bool = True
-) -> dict[str, float]:
+def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer="adamw", compiled=True) -> dict[str, float]:
     """Bytes by part at the peak of a training step: in the head of the second micro-batch, when there are gradients of
     the first. The activations are the tensors that torch.compile saves for the backward pass."""
     shape, wide = model.config, 4

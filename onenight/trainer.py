@@ -64,9 +64,7 @@ class Trainer:
     iteration are shared by the `ranks`: this process takes every world_size-th. Raises SystemExit if there is no data
     that fits the shape, the windows cannot be shared, or the weights have another shape."""
 
-    def __init__(
-        self, config: TrainConfig, device: torch.device, dtype: str, ranks: Ranks, checkpoint=None, model=None
-    ):
+    def __init__(self, config: TrainConfig, device: torch.device, dtype, ranks: Ranks, checkpoint=None, model=None):
         self.config, self.device, self.dtype, self.ranks = config, device, dtype, ranks
         use_tf32(device)
         limit_memory(config.vram_limit_gb, device)

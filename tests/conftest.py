@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -128,17 +129,37 @@ def train(bins, out_dir, *, env=None, **changes):
     return run("train.py", *(f"--{key}={value}" for key, value in settings.items()), env=env)
 
 
+STARTED = []
+
+
 def start_training(bins, out_dir, **changes):
     settings = {**TINY, "dataset": bins, "out_dir": out_dir, **changes}
     return start("train.py", *(f"--{key}={value}" for key, value in settings.items()))
 
 
-def start(script, *args):
+def start(script, *args, cwd=None):
     """Starts a script of the project, or another program (a list): a Popen whose lines come as they are printed."""
     command = [*script] if isinstance(script, list) else [ROOT / script]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, *map(str, [*command, *args])]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env, "cwd": cwd}
+    process = subprocess.Popen(command, **options, preexec_fn=hear_signals if os.name == "posix" else None)
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """Kills what a failed test has left running."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
+def hear_signals():
+    """In a new process: the signals that nohup, or a shell's background, may have told the tests to ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for_line(process, beginning):

@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 import tiktoken_ext.openai_public
 import torch
-from conftest import ROOT, assert_one_sentence, run
+from conftest import ROOT, assert_one_sentence, metrics, run, train
 from hypothesis import strategies
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -321,6 +321,26 @@ def test_bad_weights_in_a_folder_are_one_sentence(folder, tmp_path):
     refuse(tmp_path, "model.safetensors: cannot be read")
     save_file({"wpe.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     refuse(tmp_path, "its weights lack transformer.wte.weight")
+
+
+def test_an_exported_qwen3_is_trained_further_and_sampled(bins, tmp_path):
+    save(tmp_path, False, "qwen3")
+    assert export(tmp_path, tmp_path / "it").returncode == 0
+    shape = {**SHAPE, "architecture": "qwen3"}
+    del shape["vocab_size"]
+    settings = {**shape, "max_iters": 2, "eval_interval": 1, "learning_rate": 1e-3, "decay_lr": False}
+    result = train(bins, tmp_path / "out", init_from=tmp_path / "it", **settings)
+    assert result.returncode == 0, result.stderr
+    first, *_, last = [record["val_loss"] for record in metrics(tmp_path / "out") if "val_loss" in record]
+    assert last < first
+    flags = ["--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
+    assert run("sample.py", f"--init_from={tmp_path / 'it'}", *flags).stdout.count("---------------") == 1
+
+
+def test_a_checkpoint_of_the_removed_architecture_is_one_sentence(tmp_path):
+    torch.save({"model": {}, "model_args": {**SHAPE, "architecture": "nanochat"}}, tmp_path / "ckpt.pt")
+    result = run("sample.py", f"--out_dir={tmp_path}")
+    assert_one_sentence(result, "the nanochat architecture was removed; the last commit that reads it is e8f887f")
 
 
 def test_another_tokenizer_is_one_sentence(folder, tmp_path):

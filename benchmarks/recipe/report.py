@@ -58,8 +58,10 @@ def draw(runs: list[dict]):
     for run in sorted(runs, key=final):
         tokens, losses = zip(*run["val_loss"])
         label = f"{run['row']} {run['changes'].replace('--', '')}".strip()
-        axes.plot([n / 1e6 for n in tokens], losses, marker="o", markersize=3, label=f"{label}: {losses[-1]:.3f}")
-    axes.set_xlabel("million tokens")
+        (line,) = axes.plot([n / 1e6 for n in tokens[:-1]], losses[:-1], marker="o", markersize=3)
+        last = {"color": line.get_color(), "marker": "*", "markersize": 9, "linestyle": ""}
+        axes.plot(tokens[-1] / 1e6, losses[-1], **last, label=f"{label}: {losses[-1]:.3f}")
+    axes.set_xlabel("million tokens (dots: on 65,536 tokens of FineWeb; stars: at the end, on 524,288)")
     axes.set_ylabel("val loss (nats per token, 4,096 ids)")
     axes.grid(alpha=0.3)
     axes.legend()

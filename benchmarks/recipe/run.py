@@ -26,7 +26,7 @@ KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ |= {**KEEP_MEMORY, "GOMP_SPINCOUNT": "10000"}
+    os.environ |= KEEP_MEMORY
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
