@@ -12,7 +12,7 @@ from conftest import TINY, load, start_training, train, wait_for_line
 
 SECONDS = 10
 HOURS = SECONDS / 3600
-SHARED = 0.3  # on a machine of steady speed it is 0.02 (benchmarks/LOG.md), but other tests run beside this one
+SHARED = 0.3  # runs this short, with other tests beside them: see benchmarks/LOG.md
 # Small micro-batches, so that an iteration takes long enough to be steady; an evaluation every few seconds.
 LONG = {"gradient_accumulation_steps": 8, "log_interval": 10, "eval_interval": 300, "hours": HOURS}
 TRAPEZOID = {**LONG, "warmup_iters": 0, "warmdown_iters": 30, "min_lr": 0.0}
