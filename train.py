@@ -30,8 +30,8 @@ from onenight.trainer import Trainer
 from configurator import configure
 
 BAD_IN_A_ROW = 5  # iterations without an update after which the run goes back to its last checkpoint
-SAVE_S = 600  # between two checkpoints at most: what a power cut can cost. A save takes seconds
 ROLLBACKS = 2  # in a row, without a checkpoint in between, after which it gives up
+SAVE_S = 600  # between two checkpoints at most: what a power cut can cost. A save takes seconds
 
 
 def main(arguments: list[str]):

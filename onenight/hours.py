@@ -22,8 +22,7 @@ def open_ended(config: TrainConfig, progress: Progress) -> TrainConfig:
             progress.hours = progress.decisions = 0
     if progress.decisions:
         return with_length(config, progress.max_iters, progress.warmdown_iters)
-    warmdown = UNDECIDED * config.warmdown_iters // max(config.max_iters, 1)
-    return with_length(config, UNDECIDED, warmdown)
+    return with_length(config, UNDECIDED, UNDECIDED * config.warmdown_iters // config.max_iters)
 
 
 def with_length(config: TrainConfig, max_iters: int, warmdown_iters: int) -> TrainConfig:
