@@ -37,6 +37,7 @@ from onenight.train_config import TrainConfig
 from onenight.trainer import Trainer
 
 import torch
+from changes import Lookahead, Muon, TailAverage
 
 from configurator import configure, setting
 
@@ -61,6 +62,11 @@ class RecipeConfig(TrainConfig):
     rates: float = setting(1.0, "factor of all peak learning rates")
     warmup: float = setting(0.0, "warmup_iters as a share of max_iters")
     warmdown: float = setting(0.0, "warmdown_iters as a share of max_iters; 0: cosine down to a tenth")
+    normuon: bool = setting(False, "each row of Muon's update divided by the root of its second moment")
+    cautious: bool = setting(False, "weight decay only where Muon's update agrees")
+    lookahead: bool = setting(False, "EMA-Nesterov round both optimizers")
+    tail_average: bool = setting(False, "at the end, weights blended with their average over the last 12 %")
+    matrix_warmdown: float = setting(0.0, "the matrices' warmdown as a share of max_iters; 0: as the others'")
     save: str = setting(str(Path(__file__).with_name("results.jsonl")), "the file that the run is appended to")
 
 
@@ -92,11 +98,27 @@ def run(config: RecipeConfig) -> dict:
     """Trains, and returns the val loss at each number of tokens, and the median seconds of an iteration."""
     device = choose_device(config.device)
     trainer = Trainer(config, device, choose_dtype(config.dtype, device), Ranks())
-    losses, seconds, started = [], [], time.monotonic()
+    matrices = next(group for group in all_groups(trainer) if group["name"] == "matrices")
+    if config.normuon or config.cautious:
+        options = {"row_norm": config.normuon, "cautious": config.cautious}
+        trainer.optimizers["muon"] = Muon([matrices], **options)
+        matrices = trainer.optimizers["muon"].param_groups[0]
+    ahead = Lookahead(trainer.model.parameters(), config.max_iters) if config.lookahead else None
+    average = TailAverage(trainer.model.named_parameters(), config.max_iters) if config.tail_average else None
+    losses, seconds, started, peak_lr = [], [], time.monotonic(), matrices["peak_lr"]
+    slower = dataclasses.replace(config, warmdown_iters=round(config.matrix_warmdown * config.max_iters))
     due = {round(share * config.max_iters / EVALS) for share in range(1, EVALS + 1)}
     for i in range(1, config.max_iters + 1):
-        begun = time.perf_counter()
-        trainer.step(schedule(config, i - 1))
+        begun, lr_share = time.perf_counter(), schedule(config, i - 1)
+        if config.matrix_warmdown:
+            matrices["peak_lr"] = peak_lr * schedule(slower, i - 1) / lr_share
+        if ahead:
+            ahead.move(i - 1, lr_share)
+        trainer.step(lr_share)
+        if ahead:
+            ahead.note()
+        if average:
+            average.note(i)
         seconds.append(time.perf_counter() - begun)
         if i in due:
             config.eval_iters = EVAL_ITERS if i < config.max_iters else LAST_EVAL_ITERS
@@ -104,6 +126,10 @@ def run(config: RecipeConfig) -> dict:
             print(f"iter {i}: val loss {losses[-1][1]:.4f}, {time.monotonic() - started:.0f}s", flush=True)
     s_per_iter = round(statistics.median(seconds), 4)
     return {"val_loss": losses, "s_per_iter": s_per_iter, "threads": torch.get_num_threads(), **circumstances(device)}
+
+
+def all_groups(trainer: Trainer) -> list[dict]:
+    return [group for optimizer in trainer.optimizers.values() for group in optimizer.param_groups]
 
 
 if __name__ == "__main__":
