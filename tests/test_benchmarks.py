@@ -1,8 +1,10 @@
-"""benchmarks/train.py as a process, with a very small peer."""
+"""benchmarks/train.py as a process, with a very small peer, and the recipe proxy's own optimizer and runs."""
 
 import json
+import runpy
 
-from conftest import TINY, assert_one_sentence, run
+import torch
+from conftest import ROOT, TINY, assert_one_sentence, run
 
 PEER = '''
 from dataclasses import dataclass
@@ -64,3 +66,73 @@ def test_both_are_measured_and_the_figures_saved(bins, tmp_path):
 
 def test_a_measurement_that_fails_is_one_sentence(tmp_path):
     assert_one_sentence(bench(tmp_path / "nowhere"), "no such file")
+
+
+CHANGES = runpy.run_path(ROOT / "benchmarks/recipe/changes.py")
+SHAPES = [(64, 32), (32, 64), (64, 32), (32, 32)]
+
+
+def updated(optimizer, steps=10, **options):
+    """Matrices of those shapes before and after so many steps on random gradients, the same ones each time."""
+    random = torch.Generator().manual_seed(0)
+    before = [torch.randn(shape, generator=random) for shape in SHAPES]
+    after = [torch.nn.Parameter(weight.clone()) for weight in before]
+    muon = optimizer(after, lr=0.02, momentum=0.95, **options)
+    for _ in range(steps):
+        for weight in after:
+            weight.grad = torch.randn(weight.shape, generator=random)
+        muon.step()
+    return before, [weight.detach() for weight in after]
+
+
+def test_the_proxys_muon_without_its_options_is_torchs():
+    before, theirs = updated(torch.optim.Muon, weight_decay=0.1)
+    _, ours = updated(CHANGES["Muon"], weight_decay=0.1)
+    for start, one, other in zip(before, theirs, ours):
+        # Both compute in bfloat16, which has 8 bits, but in another order of additions, in five rounds.
+        assert (one - other).norm() < 0.02 * (one - start).norm()
+
+
+def test_normuons_first_update_has_rows_of_one_length():
+    def spread(weights, start):
+        moved = weights - start  # along its longer side each row, or column, is one output or input
+        lengths = moved.norm(dim=1 if len(moved) >= moved.size(1) else 0)
+        return (lengths.max() / lengths.min()).item()
+
+    before, plain = updated(CHANGES["Muon"], steps=1, weight_decay=0.0)
+    _, even = updated(CHANGES["Muon"], steps=1, weight_decay=0.0, row_norm=True)
+    for start, one, other in zip(before, plain, even):
+        assert spread(other, start) < 1.001 < 1.1 < spread(one, start)
+        assert abs((other - start).norm() / (one - start).norm() - 1) < 0.01  # the length of the whole is kept
+
+
+def test_cautious_decay_leaves_weights_that_the_update_makes_larger():
+    before, without = updated(CHANGES["Muon"], steps=1, weight_decay=0.0)
+    _, cautious = updated(CHANGES["Muon"], steps=1, weight_decay=0.5, cautious=True)
+    for start, plain, decayed in zip(before, without, cautious):
+        agree = (plain - start) * start < 0
+        torch.testing.assert_close(decayed, plain - 0.02 * 0.5 * start * agree)
+        assert 0 < agree.float().mean() < 1
+
+
+def proxy(bins, row, save, *changes):
+    sizes = {"n_layer": 1, "n_embd": 32, "block_size": 32, "tokens": 32 * 16 * 40, "compile": False, "save": save}
+    flags = [f"--{key}={value}" for key, value in {**sizes, "dtype": "float32", "dataset": bins}.items()]
+    return run("benchmarks/recipe/run.py", row, *flags, *(f"--{change}" for change in changes))
+
+
+def test_a_run_of_the_proxy_is_saved_with_its_changes(bins, tmp_path):
+    save = tmp_path / "rows.jsonl"
+    changes = ("normuon", "cautious", "lookahead", "tail_average", "matrix_warmdown=0.8")
+    for flags in ((), changes):
+        result = proxy(bins, "muon-qwen3", save, *flags)
+        assert result.returncode == 0, result.stderr
+    plain, changed = (json.loads(line) for line in save.read_text().splitlines())
+    assert plain["tokens"] == changed["tokens"] == 32 * 16 * 40
+    assert all(change in changed["changes"] for change in changes)
+    losses = [row["val_loss"][-1][1] for row in (plain, changed)]
+    assert max(losses) < 5 and losses[0] != losses[1]  # 5.5 is the loss of one of 250 ids at random
+
+
+def test_a_change_of_muon_is_refused_for_adamw(bins, tmp_path):
+    assert_one_sentence(proxy(bins, "adamw-qwen3", tmp_path / "rows.jsonl", "normuon"), "change Muon")

@@ -22,30 +22,36 @@ BASE = "muon-qwen3"
 
 def main():
     runs = [json.loads(line) for line in (FOLDER / "results.jsonl").read_text().splitlines()]
-    rows = defaultdict(dict)  # by name and tokens: the loss by seed
+    rows = defaultdict(dict)  # by name and length: the loss by seed
     for run in runs:
         name = " ".join(filter(None, (run["row"], run["changes"].replace("--", ""))))
-        rows[name, run["tokens"]][run["seed"]] = final(run)
+        rows[name, length(run)][run["seed"]] = final(run)
     lengths = sorted(tokens for name, tokens in rows if name == BASE)
     first, last = lengths[0], lengths[-1]
     slope = difference(rows[BASE, first], rows[BASE, last]) / math.log(last / first)
     print(
         f"{BASE}: {slope:.3f} nats for each e-fold of tokens, between {first / 1e6:.1f} and {last / 1e6:.1f} million\n"
     )
-    for length in reversed(lengths):
-        print(f"| {length / 1e6:.1f} million tokens | val loss, by seed | times the tokens of {BASE} |\n|---|---|---|")
-        found = [(name, losses) for (name, tokens), losses in rows.items() if tokens == length]
-        for name, losses in sorted(found, key=lambda row: difference(row[1], rows[BASE, length])):
-            times = math.exp(difference(losses, rows[BASE, length]) / slope)
+    for tokens in reversed(lengths):
+        print(f"| {tokens / 1e6:.1f} million tokens | val loss, by seed | times the tokens of {BASE} |\n|---|---|---|")
+        base = rows[BASE, tokens]
+        found = [(name, losses) for (name, seen), losses in rows.items() if seen == tokens]
+        for name, losses in sorted(found, key=lambda row: difference(row[1], base)):
+            times = math.exp(difference(losses, base) / slope)
             by_seed = ", ".join(f"{loss:.4f}" for _, loss in sorted(losses.items()))
             print(f"| {name} | {by_seed} | {'' if 'n_embd' in name else f'{times:.2f}'} |")
         print()
-    draw([run for run in runs if run["tokens"] == last and run["seed"] == runs[0]["seed"]])
+    draw([run for run in runs if length(run) == last and run["seed"] == runs[0]["seed"]])
 
 
 def difference(one: dict[int, float], other: dict[int, float]) -> float:
     """The mean difference of two rows' losses over the seeds that both have."""
     return statistics.mean(one[seed] - other[seed] for seed in one.keys() & other.keys())
+
+
+def length(run: dict) -> int:
+    """The tokens of a run, rounded, because they are a multiple of those of its iterations."""
+    return round(run["tokens"], -5)
 
 
 def final(run: dict) -> float:

@@ -5,6 +5,8 @@ Trains one row of the recipe proxy to its end, and appends what it measured to b
     python benchmarks/recipe/run.py muon-qwen3 --dataset=FOLDER --learning_rate=0.01 --seed=1338
     python benchmarks/recipe/run.py adamw-gpt2 --dataset=FOLDER --tokens=4000000
 
+    python benchmarks/recipe/run.py muon-qwen3 --dataset=FOLDER --normuon           # with a change of changes.py
+
 FOLDER is what benchmarks/recipe/data.py made. A row is a model of 4 layers, 128 wide, that sees 256 tokens, trained on
 4,096 tokens an iteration, in bfloat16 (--dtype=float32 for a CPU without its instructions). Any setting of train.py
 changes it.
@@ -37,8 +39,8 @@ from onenight.train_config import TrainConfig
 from onenight.trainer import Trainer
 
 import torch
-from changes import Lookahead, Muon, TailAverage
 
+from changes import Lookahead, Muon, TailAverage
 from configurator import configure, setting
 
 SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "block_size": 256, "batch_size": 16, "dtype": "bfloat16"}
@@ -69,6 +71,11 @@ class RecipeConfig(TrainConfig):
     matrix_warmdown: float = setting(0.0, "the matrices' warmdown as a share of max_iters; 0: as the others'")
     save: str = setting(str(Path(__file__).with_name("results.jsonl")), "the file that the run is appended to")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.normuon or self.cautious) and self.optimizer != "muon":
+            raise ValueError("normuon and cautious change Muon: take a row whose optimizer it is")
+
 
 def main(arguments: list[str]):
     name = arguments[0] if arguments else ""
@@ -98,11 +105,11 @@ def run(config: RecipeConfig) -> dict:
     """Trains, and returns the val loss at each number of tokens, and the median seconds of an iteration."""
     device = choose_device(config.device)
     trainer = Trainer(config, device, choose_dtype(config.dtype, device), Ranks())
-    matrices = next(group for group in all_groups(trainer) if group["name"] == "matrices")
     if config.normuon or config.cautious:
-        options = {"row_norm": config.normuon, "cautious": config.cautious}
-        trainer.optimizers["muon"] = Muon([matrices], **options)
-        matrices = trainer.optimizers["muon"].param_groups[0]
+        groups = trainer.optimizers["muon"].param_groups
+        trainer.optimizers["muon"] = Muon(groups, row_norm=config.normuon, cautious=config.cautious)
+    groups = (group for optimizer in trainer.optimizers.values() for group in optimizer.param_groups)
+    matrices = next(group for group in groups if group["name"] == "matrices")
     ahead = Lookahead(trainer.model.parameters(), config.max_iters) if config.lookahead else None
     average = TailAverage(trainer.model.named_parameters(), config.max_iters) if config.tail_average else None
     losses, seconds, started, peak_lr = [], [], time.monotonic(), matrices["peak_lr"]
@@ -126,10 +133,6 @@ def run(config: RecipeConfig) -> dict:
             print(f"iter {i}: val loss {losses[-1][1]:.4f}, {time.monotonic() - started:.0f}s", flush=True)
     s_per_iter = round(statistics.median(seconds), 4)
     return {"val_loss": losses, "s_per_iter": s_per_iter, "threads": torch.get_num_threads(), **circumstances(device)}
-
-
-def all_groups(trainer: Trainer) -> list[dict]:
-    return [group for optimizer in trainer.optimizers.values() for group in optimizer.param_groups]
 
 
 if __name__ == "__main__":
