@@ -11,6 +11,7 @@ The text goes to stdout, everything else to stderr.
 """
 
 import codecs
+import contextlib
 import functools
 import os
 import sys
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onenight.console import set_up_output
-from onenight.device import DTYPES, choose_device, choose_dtype, compile_model, use_tf32
+from onenight.device import DTYPES, compile_model, is_out_of_memory, set_up_device
 from onenight.generate import Sampling, draw_uniforms, generate
 from onenight.pretrained import build_model, resolve_checkpoint
 from onenight.tokenizer import EOT, EOT_TEXT, get_encoding
@@ -55,15 +56,13 @@ def main(arguments: list[str]):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     config = configure(SampleConfig, arguments, __doc__)
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    use_tf32(device)
-    name = config.out_dir if config.init_from == "resume" else config.init_from
-    model = build_model(resolve_checkpoint(config.init_from, Path(config.out_dir)), name, dtype).to(device)
-    step = None
-    if config.compile:
-        torch._inductor.config.triton.cudagraphs = True  # on a GPU: one launch per token instead of hundreds
-        step = compile_model(model, device)
+    step, name = None, config.out_dir if config.init_from == "resume" else config.init_from
+    with contextlib.redirect_stdout(sys.stderr):
+        device, dtype, compiled = set_up_device(config.device, config.dtype, config.compile)
+        model = build_model(resolve_checkpoint(config.init_from, Path(config.out_dir)), name, dtype).to(device)
+        if compiled:
+            torch._inductor.config.triton.cudagraphs = True  # on a GPU: one launch per token instead of hundreds
+            step = compile_model(model)
     try:
         prompts = ask() if config.interactive else [read_prompt(config.start)]
         for number, prompt in enumerate(prompts):
@@ -111,7 +110,9 @@ def write_samples(model: GPT, step, config: SampleConfig, dtype: str, start: str
             uniforms = draw_uniforms(config.seed, batch, config.max_new_tokens)
             tokens = generate(model, prompt, uniforms, sampling, dtype, step)
             n_tokens += write_batch(tokens, batch, start, page, config.stop)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             if len(batch) == 1:
                 raise SystemExit("out of memory with a single sample; try a smaller --max_new_tokens or prompt")
             half = len(batch) // 2

@@ -17,24 +17,24 @@ from pathlib import Path
 
 from onenight.checkpoint import BEST, LATEST, PREVIOUS, check_space, has_checkpoint, load_latest, save_checkpoint
 from onenight.console import StopSignal, set_up_output
-from onenight.device import choose_device, choose_dtype, measure_tflops, peak_memory_gb, start_ranks
+from onenight.device import Ranks, measure_tflops, peak_memory_gb, set_up_device, start_ranks
 from onenight.files import duration, make_folder
 from onenight.hours import decide_length, open_ended
-from onenight.metrics import Metrics, Pace, start_wandb
+from onenight.metrics import SAVE_S, Metrics, Pace, start_wandb
 from onenight.optimizer import learning_rates, schedule
 from onenight.plan import print_plan, recipe_warning
 from onenight.pretrained import resolve_checkpoint
 from onenight.train_config import TrainConfig
-from onenight.trainer import Trainer
+from onenight.trainer import Stopped, Trainer
 
 from configurator import configure
 
 BAD_IN_A_ROW = 5  # iterations without an update after which the run goes back to its last checkpoint
-ROLLBACKS = 2  # in a row, without a checkpoint in between, after which it gives up
-SAVE_S = 600  # between two checkpoints at most: what a power cut can cost. A save takes seconds
+ROLLBACKS = 2  # to the same checkpoint, after which it gives up
 
 
 def main(arguments: list[str]):
+    started = time.monotonic()
     set_up_output("stdout", "stderr")
     config = configure(TrainConfig, arguments, __doc__)
     out_dir = Path(config.out_dir)
@@ -43,24 +43,25 @@ def main(arguments: list[str]):
             f"{out_dir} holds the checkpoint of an earlier run, which a new one would overwrite: "
             "continue it with --init_from=resume, or choose another --out_dir, or delete it"
         )
-    ranks, device = start_ranks(config.device)
+    ranks, device = (Ranks(), config.device) if config.plan else start_ranks(config.device)
     from_scratch = config.init_from == "scratch" or config.plan
     checkpoint = None if from_scratch else resolve_checkpoint(config.init_from, out_dir)
     if config.eval_only and checkpoint:
         config = config.with_shape_of(checkpoint["model_args"])
-    device = choose_device(device)
-    dtype = choose_dtype(config.dtype, device)
+    for_other = config.plan and config.plan_vram_gb > 0  # a plan for another machine
+    device, dtype, compiled = set_up_device(device, config.dtype, config.compile and not for_other)
+    config = replace(config, compile=config.compile if for_other else compiled)
     ceiling = measure_tflops(device, dtype)
     print_plan(config, device, dtype, ceiling)
     print(recipe_warning(config, arguments), end="")
     if config.plan:
-        ranks.stop()
         return
     trainer = Trainer(config, device, dtype, ranks, checkpoint)
     if config.init_from == "resume":
         resume(trainer, checkpoint)
     elif checkpoint:
         print(f"starting from {config.init_from}")
+    del checkpoint  # as large as the run's own, which need not stay in memory
     if config.hours:
         trainer.config = open_ended(config, trainer.progress)
     progress = trainer.progress
@@ -70,7 +71,7 @@ def main(arguments: list[str]):
     elif progress.iter_num >= trainer.config.max_iters and progress.evaluated_iter == progress.iter_num:
         print(f"this run is finished (iter {progress.iter_num:,}); a larger --max_iters would extend it")
     else:
-        run(trainer, Pace(trainer, ceiling), out_dir)
+        run(trainer, Pace(trainer, ceiling, started), out_dir)
     ranks.stop()
 
 
@@ -108,8 +109,10 @@ def run(trainer: Trainer, pace: Pace, out_dir: Path):
             trainer.progress.wandb_id = wandb_run.id if wandb_run else ""
         metrics = Metrics(out_dir, wandb_run)
         metrics.truncate(trainer.progress.iter_num, trainer.progress.evaluated_iter)
+    stop = StopSignal()
+    trainer.stop_asked = lambda: stop.asked
     try:
-        ending = train(trainer, metrics, pace, out_dir, StopSignal())
+        ending = train(trainer, metrics, pace, out_dir)
     except KeyboardInterrupt:
         print("stopped at once; --init_from=resume continues from the last checkpoint")
         raise SystemExit(130) from None
@@ -117,52 +120,47 @@ def run(trainer: Trainer, pace: Pace, out_dir: Path):
     print(f"loss picture: {out_dir / 'loss.png'}")
 
 
-def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path, stop: StopSignal) -> str:
+def train(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path) -> str:
     """Iterates until max_iters, or until something else ends it; saves and evaluates. Returns why it ended."""
-    rollbacks, went_back_to, saved_at = 0, 0, time.monotonic()
+    went_back_to, asked = [], False  # iterations; whether somebody has asked to stop
     while True:
         if trainer.config.hours:
             decide_length(trainer, pace)
         config, progress = trainer.config, trainer.progress
         iter_num, done = progress.iter_num, progress.iter_num >= config.max_iters
-        lr_share, asked = schedule(config, iter_num), trainer.ranks.any(stop.asked, trainer.device)
-        due = (done or iter_num % config.eval_interval == 0) and progress.evaluated_iter != iter_num
-        if trainer.skipped_in_row >= BAD_IN_A_ROW or ((due or asked) and not trainer.weights_are_finite()):
-            rollbacks += 1
-            go_back(trainer, metrics, out_dir, rollbacks)
-            went_back_to = trainer.progress.iter_num
+        due = (done or iter_num % config.eval_interval == 0) and progress.evaluated_iter != iter_num and not asked
+        is_bad = trainer.skipped_in_row >= BAD_IN_A_ROW or trainer.half_updated
+        if is_bad or ((due or asked) and not trainer.weights_are_finite()):
+            go_back(trainer, metrics, out_dir, went_back_to)
             continue
-        started = time.monotonic()
-        if due:
-            if iter_num and config.always_save_checkpoint:  # before the evaluation, so that it cannot cost the run
-                save(trainer, metrics, out_dir)
-                rollbacks = 0 if iter_num > went_back_to else rollbacks
-            improved = evaluate(trainer, metrics, lr_share, pace, out_dir)
-            if improved and iter_num and not config.always_save_checkpoint:
-                save(trainer, metrics, out_dir)
-            pace.evals, pace.eval_s = pace.evals + 1, time.monotonic() - started
-        elif started - saved_at > SAVE_S and trainer.weights_are_finite():
-            save(trainer, metrics, out_dir)
-        if due or started - saved_at > SAVE_S:
-            saved_at = time.monotonic()
-        stale = 0 < config.early_stop_patience <= progress.stale_evals
-        if done or stale or asked:
-            save(trainer, metrics, out_dir)
-            if asked and not done:
-                return f"stopped at iter {iter_num:,}; to continue, add --init_from=resume to the same command"
-            return f"stopped: no better val loss in {progress.stale_evals} evaluations" if stale else "done"
-        started = time.monotonic()
-        loss = trainer.step(lr_share)
+        try:
+            if due:
+                evaluate(trainer, metrics, pace, out_dir)
+            elif time.monotonic() - pace.saved > SAVE_S and trainer.weights_are_finite():
+                save(trainer, metrics, pace, out_dir)
+            stale = 0 < config.early_stop_patience <= progress.stale_evals
+            if done or stale or asked:
+                save(trainer, metrics, pace, out_dir)
+                if asked and not (done and progress.evaluated_iter == iter_num):
+                    return f"stopped at iter {iter_num:,}; to continue, add --init_from=resume to the same command"
+                return f"stopped: no better val loss in {progress.stale_evals} evaluations" if stale else "done"
+            started, lr_share = time.monotonic(), schedule(config, iter_num)
+            loss = trainer.step(lr_share)
+        except Stopped:
+            asked = True
+            continue
         pace.add_step(time.monotonic() - started)
         if trainer.skipped_in_row:
             print(f"iter {iter_num}: loss or gradient is not finite, no update")
-        if iter_num % config.log_interval == 0:
+        if pace.log_is_due():
             log(trainer, metrics, lr_share, loss, pace)
 
 
-def evaluate(trainer: Trainer, metrics: Metrics | None, lr_share: float, pace: Pace, out_dir: Path) -> bool:
-    """The loss on both splits: prints, records, draws it, and saves best.pt. Returns whether val loss improved."""
-    config, progress = trainer.config, trainer.progress
+def evaluate(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path):
+    """The loss on both splits, and a sample: prints, records and draws them, and saves."""
+    config, progress, started = trainer.config, trainer.progress, time.monotonic()
+    if progress.iter_num and config.always_save_checkpoint:  # before the evaluation, so that it cannot cost the run
+        save(trainer, metrics, pace, out_dir)
     train_loss, val_loss = trainer.evaluate(trainer.train_tokens), trainer.evaluate(trainer.val_tokens)
     print(f"step {progress.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
     improved = val_loss < progress.best_val_loss
@@ -171,13 +169,19 @@ def evaluate(trainer: Trainer, metrics: Metrics | None, lr_share: float, pace: P
     if improved:
         progress.best_val_loss, progress.best_iter = val_loss, progress.iter_num
     if metrics:
-        tokens = progress.iter_num * config.tokens_per_iter
-        record = {"iter": progress.iter_num, "tokens": tokens, "val_loss": val_loss, "train_loss_eval": train_loss}
-        metrics.write(**record, **learning_rates(config, lr_share), elapsed_s=pace.elapsed())
+        rates = learning_rates(config, schedule(config, progress.iter_num))
+        record = {"iter": progress.iter_num, "tokens": progress.iter_num * config.tokens_per_iter, "val_loss": val_loss}
+        record |= {"train_loss_eval": train_loss, **rates, "elapsed_s": pace.elapsed()}
+        if text := trainer.sample():
+            print(f"sample: {text}")
+            record["sample"] = text
+        metrics.write(**record)
         metrics.draw()
         if improved and progress.iter_num:
             save_checkpoint(out_dir / BEST, trainer.sampling_checkpoint())
-    return improved
+    if improved and progress.iter_num and not config.always_save_checkpoint:
+        save(trainer, metrics, pace, out_dir)
+    pace.add_eval(time.monotonic() - started)
 
 
 def log(trainer: Trainer, metrics: Metrics | None, lr_share: float, loss: float, pace: Pace):
@@ -188,40 +192,51 @@ def log(trainer: Trainer, metrics: Metrics | None, lr_share: float, loss: float,
     line = f"iter {iter_num}: loss {loss:.4f}, time {pace.last_s * 1000:.2f}ms"
     if seconds := pace.lap():
         record |= {"tokens_per_s": round(pace.tokens_per_s(seconds)), "mfu": round(pace.mfu(seconds), 4)}
-        line += f", {record['tokens_per_s']:,} tokens/s, mfu {record['mfu']:.1%}, ETA {duration(pace.eta())}"
-    if memory := peak_memory_gb(trainer.device):
-        record["peak_memory_gb"] = round(memory, 2)
-        line += f", {memory:.1f} GB"
+        mfu = f"{record['mfu']:.1%}" if record["mfu"] <= 1 else "unknown (the machine was busy when it was measured)"
+        line += f", {record['tokens_per_s']:,} tokens/s, mfu {mfu}, ETA {duration(pace.eta())}"
+    allocated, reserved = peak_memory_gb(trainer.device)
+    if allocated:
+        record |= {"peak_memory_gb": round(allocated, 2), "peak_reserved_gb": round(reserved, 2)}
+        line += f", {allocated:.1f} GB ({reserved:.1f} reserved)"
     print(f"{line}, epoch {trainer.epoch:.2f}")
     if metrics:
         metrics.write(**record, elapsed_s=pace.elapsed())
 
 
-def save(trainer: Trainer, metrics: Metrics | None, out_dir: Path):
+def save(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Path):
     """Replaces the latest checkpoint, once the metrics before it are on the disk."""
+    started = time.monotonic()
     if metrics:
         print(f"saving checkpoint to {out_dir}")
         metrics.sync()
         save_checkpoint(out_dir / LATEST, trainer.checkpoint(), keep=out_dir / PREVIOUS)
+    pace.saved, pace.save_s = time.monotonic(), time.monotonic() - started
 
 
-def go_back(trainer: Trainer, metrics: Metrics | None, out_dir: Path, rollbacks: int):
-    """Returns to the last checkpoint, with other data ahead. Raises SystemExit if there is none or it did not help."""
-    advice = "try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
-    now = trainer.progress
+def go_back(trainer: Trainer, metrics: Metrics | None, out_dir: Path, went_back_to: list[int]):
+    """Returns to the last checkpoint, with other data ahead, and notes its iteration in went_back_to. Raises SystemExit
+    if there is none or it did not help."""
+    now, what = trainer.progress, "loss or weights are not finite"
+    advice = "a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+    if trainer.half_updated:
+        what, advice = "memory ran out in an update", "a smaller --batch_size"
     if not has_checkpoint(out_dir):
-        raise SystemExit(f"loss or weights are not finite at iter {now.iter_num}, before any checkpoint; {advice}")
-    if rollbacks > ROLLBACKS:
+        raise SystemExit(f"{what} at iter {now.iter_num}, before any checkpoint; try {advice}")
+    checkpoint = load_latest(out_dir)
+    if went_back_to[-ROLLBACKS:] == [checkpoint["iter_num"]] * ROLLBACKS:
         raise SystemExit(
-            f"loss or weights are not finite at iter {now.iter_num}, also after going back {ROLLBACKS} times; "
-            f"{advice}; {out_dir / LATEST} is good"
+            f"{what} at iter {now.iter_num}, also after going back {ROLLBACKS} times; try {advice}; "
+            f"{out_dir / LATEST} is good"
         )
-    trainer.restore(load_latest(out_dir))
+    went_back_to.append(checkpoint["iter_num"])
+    if trainer.half_updated:
+        trainer.halve_micro_batch()
+    trainer.restore(checkpoint)
     kept = ("position", "skipped_iters", "elapsed_s", "hours", "decisions", "max_iters", "warmdown_iters")
     trainer.progress = replace(trainer.progress, **{key: getattr(now, key) for key in kept})
     if metrics:
         metrics.truncate(trainer.progress.iter_num, trainer.progress.evaluated_iter)
-    print(f"loss or weights are not finite: back to iter {trainer.progress.iter_num}, with other data ahead")
+    print(f"{what}: back to iter {trainer.progress.iter_num}, with other data ahead")
 
 
 def summary(trainer: Trainer, pace: Pace) -> str:
@@ -237,7 +252,7 @@ def summary(trainer: Trainer, pace: Pace) -> str:
     ]
     if pace.counted:
         lines += [f"tokens_per_s: {pace.tokens_per_s(pace.counted_s / pace.counted):,.0f}"]
-    if memory := peak_memory_gb(trainer.device):
+    if memory := peak_memory_gb(trainer.device)[0]:
         lines += [f"peak_memory_gb: {memory:.2f}"]
     return "\n".join(lines)
 

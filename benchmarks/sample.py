@@ -58,7 +58,7 @@ def race(ours: GPT, peer, args, device: torch.device) -> dict[str, list[float]]:
     step = None
     if args.compile:
         torch._inductor.config.triton.cudagraphs = True
-        step = compile_model(ours, device)
+        step = compile_model(ours)
     found, peer_s, ids = (
         {"ours, 1 sample": [], f"ours, {AT_ONCE} samples": []},
         0.0,

@@ -177,7 +177,7 @@ def figures(config: BenchConfig, batch_size: int, iters: int, seconds: float, de
         "batch_size": batch_size,
         "iterations": iters,
         "tokens_per_s": tokens,
-        "peak_memory_gb": peak_memory_gb(device),
+        "peak_memory_gb": peak_memory_gb(device)[0],
     }
 
 

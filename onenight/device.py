@@ -12,7 +12,29 @@ from onenight.files import first_line
 import torch
 import torch.distributed as dist
 
+GB = 1e9
+RESERVE = 0.7 * GB  # of a GPU's memory, not available to tensors, assumed: the CUDA context, the allocator's fragments
+SPARE_ON_WINDOWS = 0.5 * GB
+BUCKET = 1 << 25  # numbers that are summed over the processes at once: 128 MB
+TO_COMPILE = {  # what is missing most often, by sys.platform
+    "linux": "install gcc and Python's headers (Debian and Ubuntu: apt install gcc python3-dev)",
+    "win32": "pip install triton-windows, or train in WSL2",
+    "darwin": "install the command line tools (xcode-select --install)",
+}
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets for its processes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def set_up_device(device: str, dtype: str, compiled: bool) -> tuple[torch.device, str, bool]:
+    """The device, the number format and whether to compile: as asked for, as far as this machine can; prints them.
+    Raises SystemExit for a device that it does not have."""
+    chosen = choose_device(device)
+    use_tf32(chosen)
+    dtype, compiled = choose_dtype(dtype, chosen), compiled and compile_works(chosen)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else str(chosen)
+    remark = " (torch finds no GPU: see README)" if (device, chosen.type) == ("auto", "cpu") else ""
+    print(f"device: {name}{remark}, {dtype}{', compiled' if compiled else ''}")
+    return chosen, dtype, compiled
 
 
 def choose_device(device: str) -> torch.device:
@@ -28,17 +50,28 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:
-    """'auto' is bfloat16 on a GPU that supports it, float16 on an older one, float32 elsewhere."""
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    """'auto' is bfloat16 on a GPU that supports it, float16 on an older one, float32 elsewhere. What the device
+    lacks, or emulates a hundred times slower, is replaced, with a message."""
+    has_bfloat16 = supports_bfloat16(device)
     if dtype == "auto":
         return "float32" if device.type != "cuda" else "bfloat16" if has_bfloat16 else "float16"
     if dtype == "bfloat16" and not has_bfloat16:
-        print("this GPU does not support bfloat16: using float16 with loss scaling")
-        return "float16"
+        instead = "float16 with loss scaling" if device.type == "cuda" else "float32"
+        print(f"this {device.type.upper()} has no bfloat16 instructions: using {instead}")
+        return instead.split()[0]
     if dtype == "float16" and device.type != "cuda":
         print("float16 needs a GPU: using float32")
         return "float32"
     return dtype
+
+
+def supports_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cpu"
 
 
 def autocast(dtype: str, device: torch.device):
@@ -54,39 +87,72 @@ def use_tf32(device: torch.device):
         torch.set_float32_matmul_precision("high")
 
 
-def compile_model(model, device: torch.device):
-    """The model under torch.compile, or the model itself, with the reason, where compilation does not work."""
+def compile_works(device: torch.device) -> bool:
+    """Whether torch.compile works here; says what is missing if it does not."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, no Triton, a Python too new, ...
-        print(f"compile: off, because it does not work here ({first_line(error)}); going on without it")
-        return model
-    print("compile: on; the first iterations take a minute or so")
-    return torch.compile(model, dynamic=False)  # few shapes, each compiled for itself
+        reason, remedy = first_line(error), TO_COMPILE.get(sys.platform, TO_COMPILE["linux"])
+        print(f"compile: off, because it does not work here ({reason}); to get it, {remedy}")
+        return False
+    return True
+
+
+def compile_model(model):
+    """The model under torch.compile. Few shapes are seen, each compiled for itself, and kept on the disk."""
+    torch._dynamo.config.recompile_limit = 64  # each micro-batch halved for want of memory is another shape
+    # The cache of compiled backward passes leaves out models with an autograd.Function, such as our loss, unless told.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    return torch.compile(model, dynamic=False)
 
 
 def measure_tflops(device: torch.device, dtype: str) -> float:
     """TFLOP/s of large square matrix products, the best of half a second: the ceiling that MFU is relative to."""
-    size = 8192 if device.type == "cuda" else 1024
+    use_tf32(device)
+    size = 8192 if device.type == "cuda" else 512  # on a CPU short ones, so that one is undisturbed by other work
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
     best, end = float("inf"), time.monotonic() + 0.5
+    (a @ b)[0, 0].item()  # loads the library
     while time.monotonic() < end:
         started = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)
+    if device.type == "cuda":
+        del a, b
+        torch.cuda.empty_cache()
     return 2 * size**3 / best / 1e12
 
 
+def usable_memory(device: torch.device, vram_limit_gb: float = 0.0) -> float:
+    """Bytes of a GPU's memory for tensors: what is free, and at most RESERVE less than the card has, or than
+    vram_limit_gb if that is set."""
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free, min(total, vram_limit_gb * GB or total) - RESERVE)
+
+
 def limit_memory(vram_limit_gb: float, device: torch.device):
-    """Limits this process to so much of the GPU's memory, as if the card were smaller. 0: no limit."""
-    if vram_limit_gb and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, vram_limit_gb * 1e9 / total), device)
+    """Limits this process to usable_memory(), as if the card had vram_limit_gb; 0: no limit, but on Windows, whose
+    driver would go on in the computer's memory, many times slower, to what is free now."""
+    if device.type != "cuda" or not (vram_limit_gb or sys.platform == "win32"):
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    limit = usable_memory(device, vram_limit_gb) if vram_limit_gb else free - SPARE_ON_WINDOWS
+    torch.cuda.set_per_process_memory_fraction(max(0.0, limit / total), device)
+    print(f"memory: limited to {limit / GB:.1f} GB of the GPU's {total / GB:.1f}")
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """The most GPU memory that tensors have taken so far, in GB (1e9 bytes); 0 on other devices."""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+def peak_memory_gb(device: torch.device) -> tuple[float, float]:
+    """The most GPU memory so far, in GB: what tensors took, and what was reserved for them; 0, 0 on other devices."""
+    if device.type != "cuda":
+        return 0.0, 0.0
+    return torch.cuda.max_memory_allocated(device) / GB, torch.cuda.max_memory_reserved(device) / GB
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out: CUDA's has several classes, and a CPU's and MPS's none of its own."""
+    words = ("out of memory", "alloc_failed", "allocate memory", "not enough memory")
+    told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 @dataclass(frozen=True)
@@ -96,6 +162,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    deciders: "dist.ProcessGroup | None" = None  # the same processes, for numbers that are in the CPU's memory
 
     @property
     def is_first(self) -> bool:
@@ -103,23 +170,31 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensors: list[torch.Tensor]):
-        """Replaces each tensor, in every process, by its sum over all processes."""
-        if self.world_size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+        """Replaces each tensor (all of one dtype), in every process, by its sum over all processes."""
+        tensors = list(tensors) if self.world_size > 1 else []
+        while tensors:
+            n, size = 1, tensors[0].numel()
+            while n < len(tensors) and size + tensors[n].numel() <= BUCKET:
+                size, n = size + tensors[n].numel(), n + 1
+            bucket, tensors = tensors[:n], tensors[n:]
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+                tensor.copy_(total.view_as(tensor))
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether the flag is True in any process."""
-        if self.world_size == 1:
-            return flag
-        total = torch.tensor(float(flag), device=device)
-        self.sum([total])
-        return total.item() > 0
+        return self._decide(float(flag)) > 0
 
-    def from_first(self, value: float, device: torch.device) -> float:
+    def from_first(self, value: float) -> float:
         """The value that the first process has."""
-        total = torch.tensor(value if self.is_first else 0.0, device=device)
-        self.sum([total])
+        return self._decide(value if self.is_first else 0.0)
+
+    def _decide(self, value: float) -> float:
+        """The sum of the value over the processes."""
+        total = torch.tensor(value, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.deciders)
         return total.item()
 
     def stop(self):
@@ -131,17 +206,20 @@ class Ranks:
 def start_ranks(device: str) -> tuple[Ranks, str]:
     """Joins the processes that torchrun started, and silences all but the first; without torchrun there is one. Returns
     the ranks and the device of this process: with several GPUs on a machine each process gets its own."""
-    if "RANK" not in os.environ:
+    found = [name for name in TORCHRUN if os.environ.get(name)]
+    if len(found) < len(TORCHRUN):
+        if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(found):
+            print(f"{' and '.join(found)} set, but not all that torchrun sets ({', '.join(TORCHRUN)}): training alone")
         return Ranks(), device
-    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    rank, world_size, local_rank = (int(os.environ[name]) for name in TORCHRUN[:3])
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
-        device = f"cuda:{ranks.local_rank}"
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     # Imported after the group exists, its functions would keep the group, and its threads, alive until the exit.
     from torch.distributed import nn  # noqa: F401
 
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    if not ranks.is_first:
+    if rank:
         sys.stdout = open(os.devnull, "w")
-    return ranks, device
+    return Ranks(rank, world_size, local_rank, dist.new_group(backend="gloo")), device

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from onenight.device import DTYPES, autocast
-from onenight.tokenizer import VOCAB_SIZE
+from onenight.tokenizer import EOT, EOT_TEXT, VOCAB_SIZE, get_encoding
 
 import numpy as np
 import torch
@@ -58,6 +58,13 @@ def generate(model: GPT, prompt: list[int], uniforms, sampling: Sampling, dtype:
         logits = penalize(logits, ids[:, :end], sampling.repetition_penalty)
         ids[:, end] = draw(logits, uniforms[:, end - start], sampling)
         yield ids[:, end].tolist()
+
+
+def begin_document(model: GPT, dtype: str, n_tokens: int = 60) -> str:
+    """The beginning of a document, on one line, drawn with the same random numbers at each call."""
+    sampling = Sampling(temperature=0.8, top_k=200)
+    ids = [row[0] for row in generate(model, [EOT], draw_uniforms(0, range(1), n_tokens), sampling, dtype)]
+    return " ".join(get_encoding().decode(ids).partition(EOT_TEXT)[0].split())
 
 
 def prefill(model: GPT, ids, cache: KVCache, dtype: str):

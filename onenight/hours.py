@@ -4,11 +4,10 @@ machine turns out to have."""
 import time
 from dataclasses import replace
 
-from onenight.metrics import Pace
+from onenight.metrics import MAX_ITERS, Pace
 from onenight.train_config import TrainConfig
 from onenight.trainer import Progress, Trainer
 
-UNDECIDED = 10**9  # iterations, until the speed is known
 MEASURED_ITERS, MEASURED_SHARE = 10, 0.01  # a speed counts after so many iterations and this share of the hours
 
 
@@ -22,7 +21,7 @@ def open_ended(config: TrainConfig, progress: Progress) -> TrainConfig:
             progress.hours = progress.decisions = 0
     if progress.decisions:
         return with_length(config, progress.max_iters, progress.warmdown_iters)
-    return with_length(config, UNDECIDED, UNDECIDED * config.warmdown_iters // config.max_iters)
+    return with_length(config, MAX_ITERS, MAX_ITERS * config.warmdown_iters // config.max_iters)
 
 
 def with_length(config: TrainConfig, max_iters: int, warmdown_iters: int) -> TrainConfig:
@@ -45,10 +44,9 @@ def decide_length(trainer: Trainer, pace: Pace):
     hours_s, measured = config.hours * 3600, pace.counted >= MEASURED_ITERS
     first = not progress.decisions and measured and pace.counted_s >= MEASURED_SHARE * hours_s
     last = progress.decisions and measured and progress.iter_num >= decay_start(config, progress)
-    if not trainer.ranks.any(bool(first or last) and trainer.ranks.is_first, trainer.device):
+    if not trainer.ranks.from_first(first or last):
         return
-    left = (hours_s - pace.elapsed() - pace.eval_s) / pace.s_per_iter_with_evals()
-    left = max(1, round(trainer.ranks.from_first(left, trainer.device)))
+    left = round(trainer.ranks.from_first(pace.iters_within(hours_s - pace.elapsed())))
     progress.max_iters, progress.hours = progress.iter_num + left, config.hours
     progress.warmdown_iters = left if progress.decisions else round(share * progress.max_iters)
     progress.decisions += 1

@@ -1,5 +1,6 @@
 """What a run reports: its speed, metrics.jsonl, loss.png drawn from it, and Weights & Biases if wanted."""
 
+import bisect
 import contextlib
 import json
 import os
@@ -10,25 +11,28 @@ from pathlib import Path
 from onenight.files import first_line, replacing
 from onenight.trainer import EVAL_TOKENS, Trainer
 
+LOG_S = 30  # between two printed lines at most
+SAVE_S = 600  # between two checkpoints at most: what a power cut can cost. A save takes seconds
+MAX_ITERS = 10**9  # more than any run has
 MAX_POINTS = 1000  # of a curve: more cannot be seen, and would take more time and memory at each drawing
 
 
 class Pace:
-    """Times the iterations. The first 20 after a start, in which compilation and caches settle, do not count, nor do
-    the evaluations. `ceiling`: the TFLOP/s that MFU is relative to."""
+    """Times the run since `started` (time.monotonic()). The first two iterations after a start, which compile and
+    allocate, do not count for the speed, nor do evaluations. `ceiling`: the TFLOP/s that MFU is relative to."""
 
-    SETTLING = 20
+    SETTLING = 2
     RECENT = 50  # iterations whose speed predicts the rest of the run
 
-    def __init__(self, trainer: Trainer, ceiling: float):
+    def __init__(self, trainer: Trainer, ceiling: float, started: float):
         self.trainer, self.ceiling = trainer, ceiling
-        self.started = time.monotonic() - trainer.progress.elapsed_s
-        self.steps, self.last_s = 0, 0.0
-        self.eval_s, self.evals = 0.0, 0  # seconds of the last evaluation with its saving, and how many there were
+        self.started = started - trainer.progress.elapsed_s
+        self.steps, self.last_s, self.logged, self.saved = 0, 0.0, time.monotonic(), time.monotonic()
+        self.evals, self.eval_s, self.save_s = 0, 0.0, 0.0  # how many, and seconds of the last one, saving included
         self.recent = deque(maxlen=self.RECENT)
         self.counted, self.counted_s = 0, 0.0  # iterations since the settling
         self.lap_start = (0, 0.0)
-        self.per_iter_s = 0.0
+        self.lap_s_per_iter = 0.0
 
     def elapsed(self) -> float:
         """Seconds of this run so far, those before a resume included; also noted in the trainer's progress."""
@@ -42,24 +46,30 @@ class Pace:
             self.counted, self.counted_s = self.counted + 1, self.counted_s + seconds
             self.recent.append(seconds)
 
-    def s_per_iter_with_evals(self) -> float:
-        """Seconds of an iteration of late, with its share of an evaluation. The first evaluation compiles: until there
-        is another one, it is taken to cost a third of training on as many tokens."""
-        config, per_iter = self.trainer.config, sum(self.recent) / len(self.recent)
-        if self.evals < 2:
-            tokens = (
-                min(len(self.trainer.val_tokens), config.eval_iters * EVAL_TOKENS) + config.eval_iters * EVAL_TOKENS
-            )
-            self.eval_s = min(self.eval_s, tokens / 3 / config.tokens_per_iter * per_iter)
-        return per_iter + self.eval_s / config.eval_interval
+    def add_eval(self, seconds: float):
+        """Counts an evaluation that took so long. The first one compiles: until there is another, it is taken to cost
+        at most a third of training on as many tokens."""
+        self.evals, self.eval_s = self.evals + 1, seconds
+
+    def log_is_due(self) -> bool:
+        """Whether a line about the iteration just done is to be printed: at log_interval, and at least every 30 s."""
+        log_interval, done = self.trainer.config.log_interval, self.trainer.progress.iter_num - 1
+        if done % log_interval and time.monotonic() - self.logged < LOG_S:
+            return False
+        self.logged = time.monotonic()
+        return True
+
+    def s_per_iter(self) -> float:
+        """Seconds of an iteration of late; 0 before the first has ended."""
+        return sum(self.recent) / len(self.recent) if self.recent else self.last_s
 
     def lap(self) -> float:
-        """Mean seconds of the iterations since the last call; 0 as long as none counts."""
+        """Mean seconds of the iterations since the last call; 0 as long as none counts, unless they are slow."""
         iters, seconds = self.counted - self.lap_start[0], self.counted_s - self.lap_start[1]
         if iters:
-            self.per_iter_s = seconds / iters
+            self.lap_s_per_iter = seconds / iters
             self.lap_start = (self.counted, self.counted_s)
-        return self.per_iter_s
+        return self.lap_s_per_iter or (self.last_s if self.steps > 1 and self.last_s > LOG_S / 3 else 0.0)
 
     def tokens_per_s(self, seconds_per_iter: float) -> float:
         return self.trainer.config.tokens_per_iter / seconds_per_iter
@@ -69,13 +79,29 @@ class Pace:
         flops = self.tokens_per_s(seconds_per_iter) * self.trainer.model.flops_per_token()
         return flops / 1e12 / self.ceiling / self.trainer.ranks.world_size
 
+    def seconds_for(self, iters: int) -> float:
+        """What so many more iterations will take, with their evaluations and savings, the last ones included."""
+        config, done, per_iter = self.trainer.config, self.trainer.progress.iter_num, self.s_per_iter()
+        eval_s = self.eval_s
+        if self.evals < 2:
+            tokens = config.eval_iters * EVAL_TOKENS
+            tokens += min(tokens, len(self.trainer.val_tokens))
+            eval_s = min(eval_s, tokens / 3 / config.tokens_per_iter * per_iter)
+        evals = -(-(done + iters) // config.eval_interval) - (done - 1) // config.eval_interval
+        evals -= self.trainer.progress.evaluated_iter == done
+        seconds = iters * per_iter + evals * eval_s
+        return seconds + self.save_s * max(1.0, seconds / SAVE_S - evals)
+
+    def iters_within(self, seconds: float) -> int:
+        """The most iterations that seconds_for() gives so much time; at least 1."""
+        return max(1, bisect.bisect_right(range(MAX_ITERS), seconds, key=self.seconds_for) - 1)
+
     def eta(self) -> float:
-        """Seconds to the end at the present speed, if each evaluation still due takes as long as the last one."""
-        config, done = self.trainer.config, self.trainer.progress.iter_num
-        if config.hours and not self.trainer.progress.decisions:
+        """Seconds to the end at the present speed."""
+        config, progress = self.trainer.config, self.trainer.progress
+        if config.hours and not progress.decisions:
             return config.hours * 3600 - self.elapsed()
-        evals = -(-config.max_iters // config.eval_interval) - (done - 1) // config.eval_interval
-        return (config.max_iters - done) * self.per_iter_s + evals * self.eval_s
+        return self.seconds_for(config.max_iters - progress.iter_num)
 
 
 class Metrics:
@@ -127,11 +153,16 @@ class Metrics:
                 self.wandb_run = None
 
     def draw(self):
-        """Draws loss.png from metrics.jsonl. A failure is reported, and never stops a run."""
+        """Makes loss.png and samples.txt from metrics.jsonl. A failure is reported, and never stops a run."""
         try:
-            draw_losses(read_metrics(self.path), self.path.with_name("loss.png"))
+            records = read_metrics(self.path)
+            draw_losses(records, self.path.with_name("loss.png"))
+            evals = [(record["iter"], record["val_loss"], record["sample"]) for record in records if "sample" in record]
+            lines = [f"iter {iter_num}, val loss {val_loss:.4f}: {text}\n" for iter_num, val_loss, text in evals]
+            with replacing(self.path.with_name("samples.txt")) as file:
+                file.write("".join(lines).encode())
         except Exception as error:
-            print(f"loss.png could not be drawn: {error}")
+            print(f"loss.png or samples.txt could not be made: {first_line(error)}")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -194,7 +225,10 @@ def start_wandb(project: str, name: str, run_id: str, config: dict, out_dir: Pat
                 reason = "of WANDB_MODE" if wanted == "offline" else reason
                 print(f"wandb: offline, because {reason}; upload {out_dir / 'wandb'} later with `wandb sync`")
             about = {"project": project, "name": name, "config": config, "dir": out_dir}
-            return wandb.init(**about, mode=mode, settings=settings, **same)
+            run = wandb.init(**about, mode=mode, settings=settings, **same)
+            if run.url:
+                print(f"wandb: {run.url}")
+            return run
         except Exception as error:
             reason = first_line(error)
     print(f"wandb: off, because {reason}")

@@ -3,7 +3,7 @@
 import math
 import os
 
-from onenight.device import DTYPES
+from onenight.device import DTYPES, GB, RESERVE, usable_memory
 from onenight.files import duration
 from onenight.train_config import TrainConfig
 from onenight.trainer import model_args
@@ -13,7 +13,6 @@ import torch
 from configurator import read_config_file
 from model import CHUNK_ROWS, GPT, GPTConfig
 
-GB = 1e9
 TOKENS_PER_ITER = ("gradient_accumulation_steps", "batch_size", "block_size")  # the settings whose product it is
 # Apart from the matrix products, which grow with the width squared, a step has work that grows with the width. So
 # training reaches about n_embd / (n_embd + NARROW) of the products' speed, fitted to widths of 64 to 512 on a CPU (see
@@ -22,7 +21,6 @@ TOKENS_PER_ITER = ("gradient_accumulation_steps", "batch_size", "block_size")  #
 NARROW = {"float32": 120, "bfloat16": 370, "float16": 370}
 MAX_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
 EAGER = {"gpt2": 10, "qwen3": 42}  # bytes more for each token, block and channel without torch.compile, on a CPU
-RESERVE = 0.7 * GB  # not available to tensors, assumed: the CUDA context, and the allocator's fragments
 
 
 def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: float):
@@ -100,8 +98,7 @@ def judge_fit(config: TrainConfig, model: GPT, device: torch.device, dtype: str)
     if config.plan_vram_gb:
         free, name = config.plan_vram_gb * GB - RESERVE, f"a card of {config.plan_vram_gb:g} GB"
     elif device.type == "cuda":
-        free, name = torch.cuda.mem_get_info(device)[0] - RESERVE, torch.cuda.get_device_name(device)
-        free = min(free, config.vram_limit_gb * GB or free)
+        free, name = usable_memory(device, config.vram_limit_gb), torch.cuda.get_device_name(device)
     elif hasattr(os, "sysconf"):
         free, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
     else:

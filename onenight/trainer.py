@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from onenight.bins import read_meta
 from onenight.checkpoint import check_shape
 from onenight.dataset import TrainWindows, eval_batches, open_bin
-from onenight.device import Ranks, autocast, compile_model, limit_memory, use_tf32
+from onenight.device import Ranks, autocast, compile_model, is_out_of_memory, limit_memory, use_tf32
+from onenight.files import first_line
+from onenight.generate import begin_document
 from onenight.optimizer import make_optimizers
 from onenight.pretrained import crop_positions
+from onenight.tokenizer import VOCAB_SIZE
 from onenight.train_config import TrainConfig
 
 import numpy as np
@@ -18,6 +21,10 @@ import torch
 from model import GPT, IGNORED, GPTConfig
 
 EVAL_TOKENS = 16 * 1024  # what eval_iters counts, independent of batch_size
+
+
+class Stopped(Exception):
+    """A stop was asked for, in any of the processes: the iteration or evaluation is dropped, the state as before it."""
 
 
 @dataclass
@@ -81,11 +88,12 @@ class Trainer:
         if checkpoint:
             self.model.load_state_dict(crop_positions(checkpoint["model"], config.block_size))
         self.model.to(device)
-        self.compiled_model = compile_model(self.model, device) if config.compile else self.model
+        self.compiled_model = compile_model(self.model) if config.compile else self.model
         self.optimizers = make_optimizers(self.model, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self.progress = Progress()
-        self.skipped_in_row = 0
+        self.skipped_in_row, self.half_updated = 0, False
+        self.stop_asked = lambda: False  # asked between micro-batches: see Stopped
 
     def largest_micro_batch(self, limit: int) -> int:
         """The largest micro-batch up to `limit` that divides this process's share of an iteration."""
@@ -109,18 +117,12 @@ class Trainer:
 
     def step(self, lr_share: float = 1.0) -> float:
         """One iteration: the gradient over all micro-batches, clipped, and the update, with each learning rate at that
-        share of its peak. Returns the mean loss. If the loss or the gradient is not finite there is no update."""
+        share of its peak. Returns the mean loss. If the loss or the gradient is not finite there is no update. Raises
+        Stopped."""
         for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
             group["lr"] = lr_share * group["peak_lr"]
         loss = self.within_memory(self.forward_backward)
-        for optimizer in self.optimizers.values():
-            self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
-        if math.isfinite(loss) and math.isfinite(norm):  # one decision for all optimizers
-            for optimizer in self.optimizers.values():
-                self.scaler.step(optimizer)
-        self.scaler.update()  # lowers the scale after an overflow, which is not the model's fault
-        is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        is_finite = self.update(loss)
         self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
         self.progress.skipped_iters += not is_finite
         self.progress.position += self.windows_per_iter
@@ -136,6 +138,8 @@ class Trainer:
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         total = torch.zeros((), device=self.device)
         for i in range(self.gradient_accumulation_steps):
+            if self.stop_asked():
+                break
             first = self.progress.position + ranks.rank + i * self.batch_size * ranks.world_size
             x, y = self.windows.batch(first, self.batch_size, self.device, stride=ranks.world_size)
             with autocast(self.dtype, self.device):
@@ -143,26 +147,56 @@ class Trainer:
             loss = loss * share
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        self.agree_to_stop()
         ranks.sum([total, *(parameter.grad for parameter in self.model.parameters())])
         return total.item()  # waits for the device
 
+    def update(self, loss: float) -> bool:
+        """Clips the gradient and updates the weights; returns whether that was possible. If memory runs out meanwhile,
+        in any process, half_updated is set: some weights may be new, and others old."""
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        try:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
+            if math.isfinite(loss) and math.isfinite(norm):  # one decision for all optimizers
+                for optimizer in self.optimizers.values():
+                    self.scaler.step(optimizer)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.half_updated, norm = True, math.inf
+        self.half_updated = self.ranks.any(self.half_updated)
+        self.scaler.update()  # lowers the scale after an overflow, which is not the model's fault
+        return math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+
+    def agree_to_stop(self):
+        """Raises Stopped in every process if one of them was asked to stop."""
+        if self.ranks.any(self.stop_asked()):
+            self.model.zero_grad(set_to_none=True)
+            raise Stopped
+
     @torch.no_grad()
     def evaluate(self, tokens) -> float:
-        """Mean loss over the fixed pass through `tokens`, every token with equal weight; draws no random number."""
+        """Mean loss over the fixed pass through `tokens`, every token with equal weight; draws no random number. Raises
+        Stopped."""
         self.model.eval()
-        loss = self.within_memory(lambda: self.mean_loss(tokens))
-        self.model.train()
-        return loss
+        try:
+            return self.within_memory(lambda: self.mean_loss(tokens))
+        finally:
+            self.model.train()
 
     def mean_loss(self, tokens) -> float:
         """evaluate() without its care for mode and memory."""
         total, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         max_tokens = self.config.eval_iters * EVAL_TOKENS
         for x, y in eval_batches(tokens, self.config.block_size, self.batch_size, max_tokens, self.device, self.ranks):
+            if self.stop_asked():
+                break
             with autocast(self.dtype, self.device):
                 _, loss = self.compiled_model(x, y)
             n = (y != IGNORED).sum()
             total, count = total + loss * n, count + n
+        self.agree_to_stop()
         self.ranks.sum([total, count])
         return (total / count).item()
 
@@ -172,18 +206,37 @@ class Trainer:
         while True:
             try:
                 return job()
-            except torch.OutOfMemoryError:
-                pass  # continue outside of this block, which keeps the tensors of the attempt alive
-            if self.batch_size == 1:
-                raise SystemExit("out of memory with a micro-batch of one window; take a smaller model or block_size")
-            self.batch_size = self.largest_micro_batch(self.batch_size // 2)
-            self.model.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            print(
-                f"out of memory: going on with --batch_size={self.batch_size} --gradient_accumulation_steps="
-                f"{self.windows_per_iter // self.batch_size}, which is the same training"
-            )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.halve_micro_batch()  # outside of that block, which keeps the tensors of the attempt alive
+
+    def halve_micro_batch(self):
+        """Halves the micro-batch, and measures the peak anew. Raises SystemExit if it is a single window."""
+        if self.batch_size == 1:
+            raise SystemExit("out of memory with a micro-batch of one window; take a smaller model or block_size")
+        self.batch_size = self.largest_micro_batch(self.batch_size // 2)
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        print(
+            f"out of memory: going on with --batch_size={self.batch_size} --gradient_accumulation_steps="
+            f"{self.windows_per_iter // self.batch_size}, which is the same training"
+        )
+
+    def sample(self) -> str:
+        """A line of text by the model as it is; '' if its vocabulary is not GPT-2's, or at an error, with a message."""
+        if self.model_args["vocab_size"] < VOCAB_SIZE:
+            return ""
+        self.model.eval()
+        try:
+            return begin_document(self.model, self.dtype)
+        except Exception as error:
+            print(f"no sample: {first_line(error)}")
+            return ""
+        finally:
+            self.model.train()
 
     def weights_are_finite(self) -> bool:
         return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
@@ -219,4 +272,4 @@ class Trainer:
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = Progress.of(checkpoint, self.windows_per_iter)
-        self.skipped_in_row = 0
+        self.skipped_in_row, self.half_updated = 0, False

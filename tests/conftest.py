@@ -162,6 +162,15 @@ def hear_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+def stop(process, number=signal.SIGINT):
+    """Sends the signal; returns what was printed after it, and the seconds until the end."""
+    sent = time.monotonic()
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    return stdout, time.monotonic() - sent
+
+
 def wait_for_line(process, beginning):
     """Reads the output up to a line that begins so."""
     for line in process.stdout:
@@ -212,3 +221,9 @@ def metrics(out_dir):
 
 def load(out_dir, name="ckpt.pt"):
     return torch.load(out_dir / name, weights_only=True)
+
+
+def losses(out_dir):
+    """The metrics without the times."""
+    kept = ("iter", "tokens", "train_loss", "val_loss", "train_loss_eval", "lr")
+    return [{key: record[key] for key in kept if key in record} for record in metrics(out_dir)]

@@ -1,10 +1,15 @@
 """Memory: its prediction, running out of it, and reading a large file."""
 
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from onenight.dataset import TrainWindows, open_bin
-from onenight.device import Ranks
+from onenight.device import Ranks, is_out_of_memory
+from onenight.metrics import Metrics, Pace
 from onenight.optimizer import make_optimizers
 from onenight.plan import predict_memory
 from onenight.train_config import TrainConfig
@@ -13,12 +18,13 @@ from onenight.trainer import Trainer
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, SmallMemory, run
+from conftest import ROOT, TINY, SmallMemory, load, run
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+import train as train_script
 from model import GPT, GPTConfig, linear_cross_entropy
 
 
@@ -54,6 +60,72 @@ def test_out_of_memory_in_an_evaluation(bins):
     trainer.compiled_model = SmallMemory(trainer.model, 3)
     assert trainer.evaluate(trainer.val_tokens) == pytest.approx(expected, rel=1e-6)
     assert trainer.batch_size == 2 and trainer.gradient_accumulation_steps == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of a process are POSIX")
+def test_a_cpu_that_runs_out_of_memory_goes_on(bins, tmp_path):
+    """For real: the process may have 3 GB of addresses more than it has when it begins to train."""
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import train; run = train.run\n"
+        "def limited(*arguments):\n"
+        "    taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (taken + 3 * 10**9,) * 2)\n"
+        "    run(*arguments)\n"
+        "train.run = limited; train.main(sys.argv[2:])\n"
+    )
+    sizes = {"batch_size": 32768, "gradient_accumulation_steps": 1, "max_iters": 1, "eval_iters": 1}
+    settings = {**TINY, "dataset": bins, "out_dir": tmp_path, **sizes}
+    command = [sys.executable, "-c", code, ROOT, *(f"--{key}={value}" for key, value in settings.items())]
+    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "out of memory: going on with --batch_size=16384 --gradient_accumulation_steps=2" in result.stdout
+    assert load(tmp_path)["iter_num"] == 1
+
+
+@pytest.mark.parametrize(
+    "error, is_one",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.1 GB)"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (KeyError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, is_one):
+    assert is_out_of_memory(error) == is_one
+
+
+def test_memory_that_runs_out_in_an_update_leads_back_to_the_checkpoint(bins, tmp_path, capsys):
+    """AdamW's update fails once, after Muon's: the weights are half new, and the run must not go on with them."""
+    muon = {"architecture": "qwen3", "optimizer": "muon", "embedding_lr": 0.1, "head_lr": 0.01}
+    trainer, failed = make_trainer(bins, out_dir=str(tmp_path), **muon), []
+
+    def fail_once(*_):
+        if trainer.progress.iter_num == 25 and not failed:
+            failed.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.optimizers = dict(reversed(trainer.optimizers.items()))  # Muon first
+    trainer.optimizers["optimizer"].register_step_pre_hook(fail_once)
+    train_script.train(trainer, Metrics(tmp_path), Pace(trainer, 1.0, time.monotonic()), tmp_path)
+    printed = capsys.readouterr().out
+    assert "memory ran out in an update: back to iter 20" in printed and "going on with --batch_size=4" in printed
+    assert trainer.progress.iter_num == 45 and len(failed) == 1
+    other = make_trainer(bins, out_dir=str(tmp_path / "other"), **muon)
+    other.optimizers["optimizer"].register_step_pre_hook(fail_always)
+    with pytest.raises(SystemExit, match="before any checkpoint; try a smaller --batch_size"):
+        train_script.train(other, Metrics(tmp_path), Pace(other, 1.0, time.monotonic()), tmp_path / "other")
+
+
+def fail_always(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_out_of_memory_with_one_window_is_one_sentence(bins):

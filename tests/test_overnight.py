@@ -24,6 +24,7 @@ from conftest import (
     TINY,
     assert_one_sentence,
     load,
+    losses,
     make_bins,
     metrics,
     start,
@@ -34,12 +35,6 @@ from conftest import (
 )
 
 import train as train_script
-
-
-def losses(out_dir):
-    """The metrics without the times."""
-    kept = ("iter", "tokens", "train_loss", "val_loss", "train_loss_eval", "lr")
-    return [{key: record[key] for key in kept if key in record} for record in metrics(out_dir)]
 
 
 def assert_same_run(one, other):
@@ -93,8 +88,8 @@ def test_stopped_and_resumed_is_the_same_run(bins, tmp_path, changes, number):
 
 
 def test_a_second_ctrl_c_stops_at_once(bins, tmp_path):
-    process = start_training(bins, tmp_path, max_iters=10**6, lr_decay_iters=10**6, gradient_accumulation_steps=10**6)
-    wait_for_line(process, "step 0:")  # in an iteration that would take hours
+    process = start_training(bins, tmp_path, batch_size=20_000, max_iters=10**6, lr_decay_iters=10**6)
+    wait_for_line(process, "step 0:")  # in a micro-batch that takes seconds
     process.send_signal(signal.SIGINT)
     for line in process.stderr:
         if "Ctrl-C again" in line:
@@ -179,7 +174,7 @@ def run_poisoned(bins, out_dir, is_poisoned, **changes):
     trainer = Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
     trainer.compiled_model = Poisoned(trainer, is_poisoned)
     out_dir.mkdir(exist_ok=True)
-    train_script.train(trainer, Metrics(out_dir), Pace(trainer, 1.0), out_dir, train_script.StopSignal())
+    train_script.train(trainer, Metrics(out_dir), Pace(trainer, 1.0, time.monotonic()), out_dir)
     return trainer
 
 
