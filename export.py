@@ -46,9 +46,9 @@ Made with One-night GPT.
 
 @dataclass
 class ExportConfig:
-    init_from: str = setting("resume", "'resume': the latest checkpoint of out_dir; or a *.pt file")
-    out_dir: str = setting("out", "folder of the ckpt.pt to export, and of metrics.jsonl for the model card")
-    export_dir: str = setting("", "the folder to write, which must not exist yet")
+    init_from: str = setting("resume", "'resume': the latest checkpoint of out_dir; or a *.pt file", path=True)
+    out_dir: str = setting("out", "folder of the ckpt.pt to export, and of metrics.jsonl for the card", path=True)
+    export_dir: str = setting("", "the folder to write, which must not exist yet", path=True)
     dtype: str = setting("float32", "number format of the weights", choices=tuple(DTYPES))
 
     def __post_init__(self):

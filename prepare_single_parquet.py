@@ -43,7 +43,7 @@ COUNTERS = {"empty_documents": 0, "text_bytes": 0, "token_counts_compared": 0, "
 @dataclass
 class PrepareConfig:
     paths: list = field(default_factory=list)  # the arguments without a key: files and folders
-    out_dir: str = setting("data/fineweb", "folder for train.bin, val.bin and meta.json")
+    out_dir: str = setting("data/fineweb", "folder for train.bin, val.bin and meta.json", path=True)
     text_column: str = setting("text", "the column to read")
     val_fraction: float = setting(0.005, "share of the documents that go to val.bin", above=0, below=1)
     num_workers: int = setting(0, "threads that tokenize; 0: one per core. The result is the same", low=0)

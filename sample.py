@@ -34,8 +34,8 @@ from model import GPT
 
 @dataclass
 class SampleConfig:
-    init_from: str = setting("resume", "'resume': out_dir; or a *.pt file; or GPT-2: a Hugging Face folder or name")
-    out_dir: str = setting("out", "folder of the ckpt.pt to sample from")
+    init_from: str = setting("resume", "'resume': out_dir; or a *.pt file; or GPT-2's folder or name", path=True)
+    out_dir: str = setting("out", "folder of the ckpt.pt to sample from", path=True)
     start: str = setting("\n", "the prompt; FILE:prompt.txt reads it from a file, - from stdin; '' starts a document")
     interactive: bool = setting(False, "ask for one prompt after another, with one sample for each")
     num_samples: int = setting(10, "samples to draw, all at once", low=1)

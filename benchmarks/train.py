@@ -34,11 +34,11 @@ from configurator import configure, setting
 
 @dataclass
 class BenchConfig(TrainConfig):
-    peer: str = setting("", "folder of a nanoGPT checkout to measure beside ours")
+    peer: str = setting("", "folder of a nanoGPT checkout to measure beside ours", path=True)
     rounds: int = setting(2, "measurements of each, in turn", low=1)
     seconds: float = setting(20.0, "how long a measurement counts iterations, after compiling", above=0)
     only: str = setting("", "one measurement in this process, its figures as JSON", choices=("", "ours", "peer"))
-    save: str = setting("", "JSON file for the figures")
+    save: str = setting("", "JSON file for the figures", path=True)
 
 
 def main(arguments: list[str]):

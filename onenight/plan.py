@@ -57,7 +57,7 @@ def recipe_warning(config: TrainConfig, arguments: list[str]) -> str:
     from_files = {}
     for argument in arguments:
         if argument.endswith(".py") and not argument.startswith("--"):
-            from_files |= read_config_file(argument)
+            from_files |= read_config_file(argument, TOKENS_PER_ITER)
     sizes = {key: from_files.get(key, getattr(TrainConfig, key)) for key in TOKENS_PER_ITER}
     intended, steps = math.prod(sizes.values()), config.gradient_accumulation_steps
     if not from_files or config.tokens_per_iter == intended:

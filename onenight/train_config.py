@@ -16,7 +16,7 @@ class TrainConfig:
     """Raises ValueError, naming every problem, for values that contradict one another."""
 
     # where things go, and when
-    out_dir: str = setting("out", "folder of ckpt.pt, metrics.jsonl and loss.png")
+    out_dir: str = setting("out", "folder of ckpt.pt, metrics.jsonl and loss.png", path=True)
     eval_interval: int = setting(2000, "iterations between evaluations, each with a checkpoint", low=1)
     log_interval: int = setting(1, "iterations between printed lines", low=1)
     eval_iters: int = setting(200, "size of an evaluation in units of 16,384 tokens, at most the whole split", low=1)
@@ -28,12 +28,12 @@ class TrainConfig:
     plan_vram_gb: float = setting(0.0, "plan for a card with so much memory; 0: for this machine", low=0)
     plan_tflops: float = setting(0.0, "plan for so many TFLOP/s; 0: for the speed measured on this machine", low=0)
     allow_new_data: bool = setting(False, "resume although train.bin is not the one that the run began with")
-    init_from: str = setting("scratch", "'scratch'; 'resume'; a *.pt file; or GPT-2: a Hugging Face folder or name")
+    init_from: str = setting("scratch", "'scratch', 'resume', a *.pt file, or GPT-2's folder or name", path=True)
     wandb_log: bool = setting(False, "log to Weights & Biases as well")
     wandb_project: str = setting("owt", "project at Weights & Biases")
     wandb_run_name: str = setting("gpt2", "name of the run at Weights & Biases")
     # data
-    dataset: str = setting("fineweb", "folder under data/ (or an absolute path) with train.bin and val.bin")
+    dataset: str = setting("fineweb", "folder under data/ (or an absolute path) of train.bin and val.bin", path=True)
     gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration", low=1)
     batch_size: int = setting(12, "windows in a micro-batch, which are in memory at the same time", low=1)
     block_size: int = setting(1024, "tokens in a window: how far the model can look back", low=1)
@@ -84,8 +84,9 @@ class TrainConfig:
 
     @property
     def data_dir(self) -> Path:
-        """The folder of train.bin, val.bin and meta.json."""
-        return Path("data") / self.dataset
+        """The folder of train.bin, val.bin and meta.json. The dataset data/t is t, unless there is a data/data/t."""
+        given, folder = Path(self.dataset), Path("data", self.dataset)
+        return given if given.parent.parts[:1] == ("data",) and not folder.exists() else folder
 
     @property
     def shape(self) -> dict:

@@ -15,21 +15,30 @@ from conftest import ROOT, assert_one_sentence, run
 
 import configurator
 from configurator import allowed_values, configure, read_config_file, setting
+from export import ExportConfig
+from prepare_single_parquet import PrepareConfig
 from sample import SampleConfig
 
 
 @dataclass
 class Settings:
-    out_dir: str = setting("out", "where things go")
+    out_dir: str = setting("out", "where things go", path=True)
     max_iters: int = setting(100, "how long", low=1)
     learning_rate: float = setting(6e-4, "how fast", above=0, high=1)
     optimizer: str = setting("adamw", "which way", choices=("adamw", "muon"))
     compile: bool = setting(True, "slow to start, then faster")
     eval_only: bool = setting(False, "evaluate once and stop")
+    export_dir: str = setting("", "where else", path=True)
+    note: str = setting("none", "any text")
 
     def __post_init__(self):
         if self.out_dir == "nowhere":
             raise ValueError("out_dir must be somewhere")
+
+
+@dataclass
+class PrepareLike(Settings):
+    paths: list = dataclasses.field(default_factory=list)
 
 
 def settings(*arguments):
@@ -57,7 +66,7 @@ def config_file(tmp_path):
 
 
 def test_no_argument_gives_the_defaults():
-    assert settings() == Settings("out", 100, 6e-4, "adamw", True, False)
+    assert settings() == Settings("out", 100, 6e-4, "adamw", True, False, "", "none")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +84,11 @@ def test_no_argument_gives_the_defaults():
         ("--out_dir=a b/c", "a b/c"),
         ("--out_dir=2+2=4", "2+2=4"),
         ("--out_dir=--max_iters=3", "--max_iters=3"),
-        ("--out_dir=", ""),
+        ("--note=", ""),
+        ("--export_dir=", ""),  # whose default is empty as well
+        ("--max_iters=6e3", 6000),
+        ("--max_iters=6000.0", 6000),
+        ("--max_iters=1_000", 1000),
         ("--out_dir=123", "123"),  # a text stays the text, whatever it looks like
         ("--out_dir=True", "True"),
         ("--out_dir='quoted'", "'quoted'"),
@@ -115,9 +128,71 @@ def test_a_config_file_is_python_with_its_own_helpers(config_file):
     assert read_config_file(file).keys() == {"max_iters", "learning_rate", "out_dir", "compile"}
 
 
-def test_a_whole_number_in_a_file_serves_as_a_float(config_file):
-    rate = settings(config_file("learning_rate = 1")).learning_rate
-    assert rate == 1 and type(rate) is float
+@pytest.mark.parametrize(
+    "text, key, value",
+    [
+        ("learning_rate = 1", "learning_rate", 1.0),
+        ("max_iters = 6e3", "max_iters", 6000),
+        ("max_iters = 51_200 / 512", "max_iters", 100),
+        ("import numpy\nlearning_rate = numpy.float64(0.1)", "learning_rate", 0.1),
+        ("import numpy\nlearning_rate = numpy.float32(0.5)", "learning_rate", 0.5),
+        ("import numpy\nmax_iters = numpy.int64(3)", "max_iters", 3),
+        ("import numpy\nmax_iters = numpy.float64(3)", "max_iters", 3),
+        ("import numpy\ncompile = numpy.bool_(False)", "compile", False),
+    ],
+)
+def test_a_number_in_a_file_is_taken_as_the_type_of_its_key(config_file, text, key, value):
+    given = getattr(settings(config_file(text)), key)
+    assert given == value and type(given) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from __future__ import annotations\nmax_iters: int = 7",
+        "from math import pi\nmax_iters = int(pi * 2) + 1",
+        "from math import pi as half\nmax_iters = round(half * 2) + 1",
+        "from os import sep, path\nimport os.path\nimport math as maths\nmax_iters = maths.ceil(6.5)",
+        "try:\n    from sys import maxsize\nexcept ImportError:\n    pass\nmax_iters = min(7, maxsize)",
+        "class Week:\n    days = 7\nmax_iters = Week.days",
+        "_iters = [day for day in range(8)]\nfor _day in _iters:\n    max_iters = _day",
+    ],
+)
+def test_what_a_config_file_imports_and_defines_is_its_own(config_file, text):
+    assert settings(config_file(text)) == Settings(max_iters=7)
+
+
+def test_a_key_counts_also_where_a_config_file_imports_it(config_file, tmp_path, monkeypatch):
+    config_file("max_iters = 7\nlearning_rate = 0.5", "shared_settings.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = config_file("from shared_settings import learning_rate, max_iters\nlearning_rate = learning_rate / 2")
+    assert settings(file) == Settings(max_iters=7, learning_rate=0.25)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    home = os.path.expanduser("~")
+    assert home == str(tmp_path)
+    config_file("out_dir = '~/in_file'")
+    assert settings("~/settings.py") == Settings(out_dir=home + "/in_file")
+    assert settings("--out_dir=~/out", "--note=~/out") == Settings(out_dir=home + "/out", note="~/out")
+    assert configure(PrepareConfig, ["~/a.parquet"], "").paths == [home + "/a.parquet"]
+    keys = {TrainConfig: ("out_dir", "init_from", "dataset"), SampleConfig: ("out_dir", "init_from")}
+    keys |= {ExportConfig: ("out_dir", "init_from", "export_dir"), PrepareConfig: ("out_dir",)}
+    for cls, paths in keys.items():
+        given = configure(cls, [f"--{key}=~/x" for key in paths], "")
+        assert [getattr(given, key) for key in paths] == [home + "/x"] * len(paths)
+
+
+def test_a_dataset_may_be_given_with_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dataset in ("t", "t/", "data/t", "data/t/", "./data/t"):
+        assert TrainConfig(dataset=dataset).data_dir == Path("data/t")
+    assert TrainConfig(dataset=str(tmp_path / "data/t")).data_dir == tmp_path / "data/t"
+    assert TrainConfig(dataset="data").data_dir == Path("data/data")
+    (tmp_path / "data/data/t").mkdir(parents=True)
+    assert TrainConfig(dataset="data/t").data_dir == Path("data/data/t")
 
 
 def test_a_config_file_has_no_side_effects(config_file):
@@ -150,23 +225,42 @@ def test_plain_arguments_are_paths_if_the_script_takes_paths(config_file):
     "flag, words",
     [
         ("--max_itres=3", "there is no key 'max_itres'; did you mean max_iters?"),
-        ("--learning-rate=3", "did you mean learning_rate?"),
-        ("--zzz=3", "there is no key 'zzz'; --help lists the keys"),
+        ("--MAX_ITRES=3", "there is no key 'MAX_ITRES'; did you mean max_iters?"),
+        ("--learning-rate=3", "write --learning_rate=3"),
+        ("--MAX_ITERS=3", "write --max_iters=3"),
+        ("--no-compile", "there is no key 'no-compile'; did you mean --compile=False?"),
+        ("--nocompile", "did you mean --compile=False?"),
+        ("--no_eval_only", "did you mean --eval_only=False?"),
+        ("--no_zzz", "there is no key 'no_zzz'; see --help"),
+        ("--zzz=3", "there is no key 'zzz'; see --help"),
         ("--max_iters=many", "max_iters takes a whole number, not 'many'"),
-        ("--max_iters=1.5", "max_iters takes a whole number, not '1.5'"),
+        ("--max_iters=6000.5", "max_iters takes a whole number, not 6000.5"),
+        ("--max_iters=1e400", "max_iters takes a whole number, not inf"),
+        ("--max_iters=nan", "max_iters takes a whole number, not nan"),
+        ("--max_iters=1" + 400 * "0", "max_iters takes a whole number, not 1000"),
         ("--max_iters=True", "max_iters takes a whole number"),
         ("--max_iters=", "max_iters takes a whole number, not ''"),
-        ("--max_iters", "max_iters takes a whole number"),
+        ("--max_iters==3", "max_iters takes a whole number, not '=3'"),
+        ("--max_iters", "--max_iters: write --max_iters=VALUE"),
         ("--max_iters={[]:1}", "max_iters takes a whole number"),
         ("--learning_rate=fast", "learning_rate takes a number, not 'fast'"),
         ("--learning_rate=nan", "learning_rate takes a number, not nan"),
         ("--learning_rate=1e999", "learning_rate takes a number, not inf"),
-        ("--learning_rate", "learning_rate takes a number, not True"),
         ("--compile=maybe", "compile takes True or False, not 'maybe'"),
         ("--compile=1", "compile takes True or False"),
-        ("--out_dir", "out_dir takes text, not True"),
-        ("-max_iters=3", "'-max_iters=3' is neither a config file (*.py) nor --key=value"),
-        ("max_iters=3", "'max_iters=3' is neither"),
+        ("--out_dir", "write --out_dir=VALUE"),
+        ("--out_dir=", "out_dir takes a path, not ''"),
+        ("--out_dir==x", "out_dir takes a path, not '=x'"),
+        ("max_iters=3", "max_iters=3: write --max_iters=3"),
+        ("-max_iters=3", "write --max_iters=3"),
+        ("---max_iters=3", "write --max_iters=3"),
+        ("\N{EN DASH}max_iters=3", "write --max_iters=3"),  # as a word processor writes --
+        ("\N{EM DASH}max_iters=3", "write --max_iters=3"),
+        ("-\N{EN DASH}Max-Iters=3", "write --max_iters=3"),
+        ("out_dir=x.py", "write --out_dir=x.py"),
+        ("\N{EN DASH}compile", "write --compile"),
+        ("zzz=3", "zzz=3: neither a config file (*.py) nor --key=value"),
+        ("", "(empty): neither a config file"),
         ("--", "there is no key ''"),
         ("--max_iters=0", "max_iters must be at least 1, not 0"),
         ("--learning_rate=0", "learning_rate must be more than 0 and at most 1, not 0.0"),
@@ -181,6 +275,31 @@ def test_a_wrong_flag_is_refused(flag, words):
 
 
 @pytest.mark.parametrize(
+    "arguments, flag",
+    [
+        (("--max_iters", "4"), "--max_iters=4"),
+        (("max_iters", "4"), "--max_iters=4"),
+        (("\N{EN DASH}max_iters", "4"), "--max_iters=4"),
+        (("--learning_rate", "-1"), "--learning_rate=-1"),
+        (("--out_dir", "a b"), "--out_dir=a b"),
+        (("--max_iters", "--compile=False"), "--max_iters=VALUE"),
+        (("--max_iters", "settings.py"), "--max_iters=VALUE"),
+    ],
+)
+def test_a_value_after_a_space_is_refused_once_with_the_flag_to_write(arguments, flag):
+    assert refusal(*arguments) == [f"{arguments[0]}: write {flag}"]
+    assert refusal(*arguments, cls=PrepareLike) == refusal(*arguments)
+    assert len(refusal(*arguments, "--compile=maybe")) == 2  # and what follows is checked as well
+
+
+def test_a_path_is_not_taken_for_a_flag():
+    given = configure(PrepareLike, ["--eval_only", "a=b/max_iters.parquet", "-", "no_compile"], "")
+    assert given.paths == ["a=b/max_iters.parquet", "-", "no_compile"] and given.eval_only
+    assert "write --max_iters=3" in refusal("a.parquet", "max_iters=3", cls=PrepareLike)[0]
+    assert "(empty): neither" in refusal("", cls=PrepareLike)[0]  # an unset variable of the shell
+
+
+@pytest.mark.parametrize(
     "text, words",
     [
         ("max_itres = 3", "there is no key 'max_itres'; did you mean max_iters?"),
@@ -192,8 +311,18 @@ def test_a_wrong_flag_is_refused(flag, words):
         ("learning_rate = float('nan')", "learning_rate takes a number, not nan"),
         ("compile = 'False'", "compile takes True or False, not 'False'"),
         ("compile = 1", "compile takes True or False, not 1"),
-        ("out_dir = 123", "out_dir takes text, not 123"),
-        ("out_dir = None", "out_dir takes text, not None"),
+        ("note = 123", "note takes text, not 123"),
+        ("note = None", "note takes text, not None"),
+        ("out_dir = 123", "out_dir takes a path, not 123"),
+        ("out_dir = ''", "out_dir takes a path, not ''"),
+        ("max_iters = 10**400", "max_iters takes a whole number, not 1000"),
+        ("learning_rate = 10**400", "learning_rate takes a number, not 1000"),
+        ("import numpy; max_iters = numpy.float64(1.5)", "max_iters takes a whole number, not 1.5"),
+        ("import numpy; learning_rate = numpy.bool_(True)", "learning_rate takes a number, not True"),
+        ("import math; learning_rate = math.sqrt", "learning_rate takes a number, not <built-in function sqrt>"),
+        ("helper = 3", "there is no key 'helper'; a leading underscore makes it a name of your own"),
+        ("for i in range(3): max_iters = i + 1", "there is no key 'i'; a leading underscore"),
+        ("MAX_ITERS = 3", "there is no key 'MAX_ITERS'; did you mean max_iters?"),
     ],
 )
 def test_a_wrong_value_in_a_file_is_refused_and_the_file_named(config_file, text, words):
@@ -240,13 +369,21 @@ def test_a_missing_file_names_the_nearest(config_file, tmp_path, monkeypatch):
 def test_all_problems_are_reported_at_once(config_file):
     file = config_file("max_itres = 1\nlearning_rate = 'fast'")
     lines = refusal("--compile=maybe", file, "missing.py", "word", "--lr=1", "--out_dir=nowhere")
-    words = ["compile takes", "no key 'max_itres'", "learning_rate takes", "missing.py: no such file", "'word'"]
+    words = ["compile takes", "no key 'max_itres'", "learning_rate takes", "missing.py: no such file", "word: neither"]
     words += ["no key 'lr'", "out_dir must be somewhere"]
     assert len(lines) == len(words)
     assert all(word in line for word, line in zip(words, lines))
 
 
 # ---- as a process
+
+
+@pytest.mark.parametrize("flag", ["-h", "-help", "--HELP", "--help=settings", "\N{EN DASH}help"])
+def test_help_is_printed_however_it_is_asked_for(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        settings("--max_iters=many", flag)
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("what the script does")
 
 
 @pytest.mark.parametrize("script, cls", [("train.py", TrainConfig), ("sample.py", SampleConfig)])

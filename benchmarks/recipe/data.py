@@ -29,9 +29,9 @@ END_OF_TEXT = VOCAB_SIZE - 1
 
 @dataclass
 class DataConfig:
-    train: str = setting("", "parquet file to train on")
-    val: str = setting("", "parquet file to validate on")
-    out_dir: str = setting("", "folder for train.bin, val.bin and meta.json")
+    train: str = setting("", "parquet file to train on", path=True)
+    val: str = setting("", "parquet file to validate on", path=True)
+    out_dir: str = setting("", "folder for train.bin, val.bin and meta.json", path=True)
 
 
 def main(arguments: list[str]):

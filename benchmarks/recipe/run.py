@@ -69,7 +69,7 @@ class RecipeConfig(TrainConfig):
     lookahead: bool = setting(False, "EMA-Nesterov round both optimizers")
     tail_average: bool = setting(False, "at the end, weights blended with their average over the last 12 %")
     matrix_warmdown: float = setting(0.0, "the matrices' warmdown as a share of max_iters; 0: as the others'")
-    save: str = setting(str(Path(__file__).with_name("results.jsonl")), "the file that the run is appended to")
+    save: str = setting(str(Path(__file__).with_name("results.jsonl")), "the file that the run is added to", path=True)
 
     def __post_init__(self):
         super().__post_init__()
