@@ -5,7 +5,6 @@ Writes a model as a Hugging Face folder, which transformers, llama.cpp and other
     python export.py --init_from=out-fineweb-single-parquet/best.pt --export_dir=my-gpt --dtype=bfloat16
 """
 
-import json
 import math
 import shutil
 import sys
@@ -14,11 +13,10 @@ from pathlib import Path
 
 from onenight.console import set_up_output
 from onenight.device import DTYPES
-from onenight.files import duration, make_folder, rename, replacing
-from onenight.huggingface import MODEL_TYPES, merges, vocabulary, write_config, write_weights
+from onenight.files import duration, first_line, make_folder, rename
+from onenight.huggingface import gpt2_tokenizer, to_transformers
 from onenight.metrics import read_metrics
 from onenight.pretrained import build_model, resolve_checkpoint
-from onenight.tokenizer import EOT, EOT_TEXT
 
 from configurator import configure, setting
 from model import GPT
@@ -66,55 +64,14 @@ def main(arguments: list[str]):
     run_dir = Path(config.out_dir) if resume else Path(config.init_from).parent
     checkpoint = resolve_checkpoint(config.init_from, run_dir)
     model = build_model(checkpoint, config.out_dir if resume else config.init_from)
-    files = {
-        "config.json": to_json(write_config(model.config, config.dtype)),
-        "generation_config.json": to_json({"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT}),
-        "model.safetensors": to_safetensors(write_weights(model), config.dtype),
-        **tokenizer_files(model.config.block_size),
-        "README.md": model_card(target.name, checkpoint, read_metrics(run_dir / "metrics.jsonl"), model).encode(),
-    }
-    write_folder(target, files)
-    print(f"{target}: {', '.join(files)}")
+    theirs = to_transformers(model, DTYPES[config.dtype])
+    tokenizer = gpt2_tokenizer(model.config.block_size)
+    card = model_card(target.name, checkpoint, read_metrics(run_dir / "metrics.jsonl"), model, type(theirs).__name__)
+    write_folder(target, theirs, tokenizer, card)
+    print(f"{target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
 
 
-def to_safetensors(weights: dict, dtype: str) -> bytes:
-    """model.safetensors with the weights in `dtype`."""
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise SystemExit("exporting needs the package safetensors (pip install safetensors)")
-    return save({name: weight.to(DTYPES[dtype]) for name, weight in weights.items()}, metadata={"format": "pt"})
-
-
-def tokenizer_files(block_size: int) -> dict[str, bytes]:
-    """GPT-2's tokenizer: tokenizer.json for current tools, OpenAI's own two files for older ones."""
-    vocab, pairs = vocabulary(), list(merges())
-    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [{"id": EOT, "content": EOT_TEXT, **special}],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": pairs},
-    }
-    config = {
-        "tokenizer_class": "GPT2Tokenizer",
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT_TEXT),
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": block_size,
-    }
-    lines = ["#version: 0.2", *map(" ".join, pairs)]
-    return {
-        "tokenizer.json": to_json(tokenizer),
-        "tokenizer_config.json": to_json(config),
-        "vocab.json": json.dumps(vocab).encode(),
-        "merges.txt": "".join(line + "\n" for line in lines).encode(),
-    }
-
-
-def model_card(name: str, checkpoint: dict, records: list[dict], model: GPT) -> str:
+def model_card(name: str, checkpoint: dict, records: list[dict], model: GPT, architecture: str) -> str:
     """README.md: the model, how it was trained according to checkpoint and metrics, and how to load it."""
     shape, config, iter_num = model.config, checkpoint.get("config", {}), checkpoint.get("iter_num", 0)
     training = {}
@@ -137,27 +94,26 @@ def model_card(name: str, checkpoint: dict, records: list[dict], model: GPT) -> 
     return CARD.format(
         name=name,
         millions=model.get_num_params() / 1e6,
-        architecture=MODEL_TYPES[shape.architecture],
+        architecture=architecture,
         shape=f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, context {shape.block_size:,} tokens",
         training=f"\n| training | |\n|---|---|\n{rows}\n" if training else "",
     )
 
 
-def to_json(value: dict) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def write_folder(target: Path, files: dict[str, bytes]):
-    """Writes the files to a temporary folder, then renames it. Raises SystemExit if they cannot be written."""
+def write_folder(target: Path, model, tokenizer, card: str):
+    """Writes transformers' model and tokenizer and the model card to a temporary folder, then renames it. Raises
+    SystemExit if they cannot be written."""
     temporary = target.with_name(target.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     try:
-        for name, content in files.items():
-            with replacing(temporary / name) as file:
-                file.write(content)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        tokenizer.backend_tokenizer.model.save(str(temporary))  # OpenAI's own two files, for older tools
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         rename(temporary, target)
-    except OSError as error:
-        raise SystemExit(f"{target}: cannot be written ({error.strerror or error})") from None
+    except Exception as error:  # OSError, and what safetensors and tokenizers have instead
+        raise SystemExit(f"{target}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)})")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

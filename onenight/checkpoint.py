@@ -6,8 +6,9 @@ damaged; best.pt the weights with the lowest val loss.
 """
 
 import contextlib
-import pickle
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from onenight.files import first_line, replacing, where
@@ -15,6 +16,9 @@ from onenight.files import first_line, replacing, where
 import torch
 
 LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt-previous.pt", "best.pt"
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's, before the names
+MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which older programs saved with the weights
 
 
 def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None):
@@ -54,15 +58,65 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such checkpoint{where(path)}; train one, or name its folder with --out_dir=")
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle raises anything
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise SystemExit(
+                f"{path}: holds something other than plain values and tensors ({refused[1]}); save it again without, "
+                "for example with float(x) for a NumPy number x"
+            )
         raise SystemExit(f"{path}: damaged, or not a checkpoint ({first_line(error)})")
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise SystemExit(f"{path}: not a checkpoint of this program (it has no model and model_args)")
-    if checkpoint["model_args"].get("architecture") == "nanochat":
+    fields = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else [None]
+    if not all(isinstance(field, dict) for field in fields):
+        raise SystemExit(f"{path}: not a checkpoint of this program (it has no dicts model and model_args)")
+    weights, model_args = fields
+    if model_args.get("architecture") == "nanochat":
         raise SystemExit(f"{path}: the nanochat architecture was removed; the last commit that reads it is e8f887f")
-    # torch.compile adds a prefix to the names; nanoGPT's checkpoints may have it.
-    checkpoint["model"] = {name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()}
-    return checkpoint
+    if unknown := [key for key in SIZES if not isinstance(model_args.get(key), int)]:
+        raise SystemExit(f"{path}: its model_args have no whole number for {', '.join(unknown)}")
+    weights = {WRAPPERS.sub("", name): value for name, value in weights.items() if not name.endswith(MASKS)}
+    return {**checkpoint, "model": weights}
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], name: str):
+    """Loads the weights of the checkpoint `name`. Raises SystemExit, naming tensors, if they are not the model's."""
+    own = model.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    misshapen = [f"{key} is {shapes[key]}" for key in own if shapes.get(key, own[key].shape) != own[key].shape]
+    check_keys(name, own.keys() - shapes, shapes.keys() - own, misshapen)
+    model.load_state_dict(weights)
+
+
+def check_keys(name: str, missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str]):
+    """Raises SystemExit, naming the first of each, if there are such tensors among the weights of `name`."""
+    found = []
+    for fault, keys in (("lack", sorted(missing)), ("have an unknown", sorted(unexpected)), ("", sorted(misshapen))):
+        if keys:
+            more = f" and {len(keys) - 1} more" if keys[1:] else ""
+            found.append(f"{fault} {keys[0]}{more}".strip())
+    if found:
+        raise SystemExit(f"{name}: its weights do not match its shape: they {'; '.join(found)}")
+
+
+def check_optimizers(checkpoint: dict, optimizers: dict[str, torch.optim.Optimizer], settings: dict):
+    """Raises SystemExit if the checkpoint that a run with these settings would resume from has no state for its
+    optimizers, or for others, or for other groups of parameters. nanoGPT's groups have no names."""
+    saved = {name: checkpoint[name]["param_groups"] for name in ("optimizer", "muon") if checkpoint.get(name)}
+    same = saved.keys() == optimizers.keys() and all(
+        [(own.get("name"), len(own["params"])) for own in optimizer.param_groups]
+        == [(group.get("name"), len(group["params"])) for group in saved[name]]
+        for name, optimizer in optimizers.items()
+    )
+    if same:
+        return
+    before = {"optimizer": "adamw", "embedding_lr": 0.0, "head_lr": 0.0}
+    before = {key: checkpoint.get("config", {}).get(key, value) for key, value in before.items()}
+    back = " ".join(f"--{key}={value}" for key, value in before.items() if value != settings[key])
+    latest = Path(settings["out_dir"]) / LATEST
+    raise SystemExit(
+        f"{latest}: it holds {'the state of another optimizer' if saved else 'no state of an optimizer'}; "
+        f"{f'put back {back}, or ' if saved and back else ''}start a new run from its weights with "
+        f"--init_from={latest} and another --out_dir"
+    )
 
 
 def check_shape(shape: dict, saved: dict, source: str, resumes: bool):

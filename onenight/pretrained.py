@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from onenight.checkpoint import load_checkpoint, load_latest
+from onenight.checkpoint import load_checkpoint, load_latest, load_weights
 from onenight.device import DTYPES
 from onenight.files import first_line
 from onenight.huggingface import read_folder
@@ -30,9 +30,9 @@ def build_model(checkpoint: dict, name: str, dtype: str = "float32") -> GPT:
     do not match."""
     try:
         model = GPT(GPTConfig(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"{name}: its weights do not match its model_args ({first_line(error)})")
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"{name}: its model_args have an impossible shape ({first_line(error)})")
+    load_weights(model, checkpoint["model"], name)
     if model.config.vocab_size < VOCAB_SIZE:
         raise SystemExit(f"{name}: its vocabulary of {model.config.vocab_size} ids is not GPT-2's of {VOCAB_SIZE}")
     for module in model.modules():

@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 from onenight.bins import read_meta
-from onenight.checkpoint import check_shape
+from onenight.checkpoint import check_optimizers, check_shape, load_weights
 from onenight.dataset import TrainWindows, eval_batches, open_bin
 from onenight.device import Ranks, autocast, compile_model, is_out_of_memory, limit_memory, use_tf32
 from onenight.files import first_line
@@ -86,7 +86,8 @@ class Trainer:
 
         self.model = model or GPT(GPTConfig(**self.model_args))
         if checkpoint:
-            self.model.load_state_dict(crop_positions(checkpoint["model"], config.block_size))
+            source = config.out_dir if config.init_from == "resume" else config.init_from
+            load_weights(self.model, crop_positions(checkpoint["model"], config.block_size), source)
         self.model.to(device)
         self.compiled_model = compile_model(self.model) if config.compile else self.model
         self.optimizers = make_optimizers(self.model, config, device)
@@ -263,6 +264,7 @@ class Trainer:
 
     def restore(self, checkpoint: dict):
         """Sets the state to that of a checkpoint of this project or of nanoGPT."""
+        check_optimizers(checkpoint, self.optimizers, asdict(self.config))
         self.model.load_state_dict(checkpoint["model"])
         for name, optimizer in self.optimizers.items():
             own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
