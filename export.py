@@ -14,7 +14,7 @@ from pathlib import Path
 from onenight.console import set_up_output
 from onenight.device import DTYPES
 from onenight.files import duration, first_line, make_folder, rename
-from onenight.huggingface import gpt2_tokenizer, to_transformers
+from onenight.huggingface import import_transformers, merges, to_transformers, vocabulary
 from onenight.metrics import read_metrics
 from onenight.pretrained import build_model, resolve_checkpoint
 
@@ -65,7 +65,9 @@ def main(arguments: list[str]):
     checkpoint = resolve_checkpoint(config.init_from, run_dir)
     model = build_model(checkpoint, config.out_dir if resume else config.init_from)
     theirs = to_transformers(model, DTYPES[config.dtype])
-    tokenizer = gpt2_tokenizer(model.config.block_size)
+    tokenizer = import_transformers().GPT2Tokenizer(
+        vocab=vocabulary(), merges=[*merges()], model_max_length=model.config.block_size
+    )
     card = model_card(target.name, checkpoint, read_metrics(run_dir / "metrics.jsonl"), model, type(theirs).__name__)
     write_folder(target, theirs, tokenizer, card)
     print(f"{target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
@@ -91,13 +93,10 @@ def model_card(name: str, checkpoint: dict, records: list[dict], model: GPT, arc
     if math.isfinite(best := float(checkpoint.get("best_val_loss", math.inf))):
         training["best val loss"] = f"{best:.4f}"
     rows = "\n".join(f"| {key} | {value} |" for key, value in training.items())
-    return CARD.format(
-        name=name,
-        millions=model.get_num_params() / 1e6,
-        architecture=architecture,
-        shape=f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, context {shape.block_size:,} tokens",
-        training=f"\n| training | |\n|---|---|\n{rows}\n" if training else "",
-    )
+    table = f"\n| training | |\n|---|---|\n{rows}\n" if training else ""
+    size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, context {shape.block_size:,} tokens"
+    millions = model.get_num_params() / 1e6
+    return CARD.format(name=name, millions=millions, architecture=architecture, shape=size, training=table)
 
 
 def write_folder(target: Path, model, tokenizer, card: str):

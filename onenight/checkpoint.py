@@ -73,6 +73,7 @@ def load_checkpoint(path: Path) -> dict:
         raise SystemExit(f"{path}: the nanochat architecture was removed; the last commit that reads it is e8f887f")
     if unknown := [key for key in SIZES if not isinstance(model_args.get(key), int)]:
         raise SystemExit(f"{path}: its model_args have no whole number for {', '.join(unknown)}")
+    weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     weights = {WRAPPERS.sub("", name): value for name, value in weights.items() if not name.endswith(MASKS)}
     return {**checkpoint, "model": weights}
 
@@ -80,43 +81,38 @@ def load_checkpoint(path: Path) -> dict:
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], name: str):
     """Loads the weights of the checkpoint `name`. Raises SystemExit, naming tensors, if they are not the model's."""
     own = model.state_dict()
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    misshapen = [f"{key} is {shapes[key]}" for key in own if shapes.get(key, own[key].shape) != own[key].shape]
-    check_keys(name, own.keys() - shapes, shapes.keys() - own, misshapen)
+    shapes = {key: list(weights[key].shape) for key in own.keys() & weights if weights[key].shape != own[key].shape}
+    check_keys(name, own.keys() - weights, weights.keys() - own, shapes)
     model.load_state_dict(weights)
 
 
-def check_keys(name: str, missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str]):
-    """Raises SystemExit, naming the first of each, if there are such tensors among the weights of `name`."""
-    found = []
-    for fault, keys in (("lack", sorted(missing)), ("have an unknown", sorted(unexpected)), ("", sorted(misshapen))):
-        if keys:
-            more = f" and {len(keys) - 1} more" if keys[1:] else ""
-            found.append(f"{fault} {keys[0]}{more}".strip())
-    if found:
-        raise SystemExit(f"{name}: its weights do not match its shape: they {'; '.join(found)}")
+def check_keys(name: str, missing: Iterable[str], unexpected: Iterable[str], shapes: dict):
+    """Raises SystemExit, naming the first three, if the weights of `name` lack a tensor that its shape needs, or have
+    one more, or one of another shape."""
+    faults = [f"no {key}" for key in sorted(missing)] + [f"an unknown {key}" for key in sorted(unexpected)]
+    faults += [f"{key} of shape {tuple(shape)}" for key, shape in sorted(shapes.items())]
+    if faults:
+        more = f" and {len(faults) - 3} more" if faults[3:] else ""
+        raise SystemExit(f"{name}: its weights do not match its shape ({', '.join(faults[:3])}{more})")
 
 
-def check_optimizers(checkpoint: dict, optimizers: dict[str, torch.optim.Optimizer], settings: dict):
-    """Raises SystemExit if the checkpoint that a run with these settings would resume from has no state for its
-    optimizers, or for others, or for other groups of parameters. nanoGPT's groups have no names."""
-    saved = {name: checkpoint[name]["param_groups"] for name in ("optimizer", "muon") if checkpoint.get(name)}
-    same = saved.keys() == optimizers.keys() and all(
-        [(own.get("name"), len(own["params"])) for own in optimizer.param_groups]
-        == [(group.get("name"), len(group["params"])) for group in saved[name]]
-        for name, optimizer in optimizers.items()
-    )
-    if same:
-        return
-    before = {"optimizer": "adamw", "embedding_lr": 0.0, "head_lr": 0.0}
-    before = {key: checkpoint.get("config", {}).get(key, value) for key, value in before.items()}
-    back = " ".join(f"--{key}={value}" for key, value in before.items() if value != settings[key])
-    latest = Path(settings["out_dir"]) / LATEST
-    raise SystemExit(
-        f"{latest}: it holds {'the state of another optimizer' if saved else 'no state of an optimizer'}; "
-        f"{f'put back {back}, or ' if saved and back else ''}start a new run from its weights with "
-        f"--init_from={latest} and another --out_dir"
-    )
+def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], checkpoint: dict, out_dir: str):
+    """Loads the state of the optimizers, with the options that they have, not the saved ones. Raises SystemExit if the
+    checkpoint of out_dir has no such optimizer, or one with other groups of parameters."""
+    try:
+        for name, optimizer in optimizers.items():
+            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(checkpoint[name])
+            for group, options in zip(optimizer.param_groups, own):
+                if group.get("name", options["name"]) != options["name"]:  # nanoGPT's have none
+                    raise ValueError
+                group.update(options)
+    except (KeyError, TypeError, ValueError):  # the last from torch, too
+        latest, kind = Path(out_dir) / LATEST, "other optimizer settings" if checkpoint.get("optimizer") else "none"
+        raise SystemExit(
+            f"{latest}: an optimizer state is needed to resume, and it has {kind}; put --optimizer, --embedding_lr and "
+            f"--head_lr back as they were, or begin a new run with its weights: --init_from={latest} --out_dir=NEW"
+        )
 
 
 def check_shape(shape: dict, saved: dict, source: str, resumes: bool):

@@ -20,8 +20,7 @@ def resolve_checkpoint(init_from: str, out_dir: Path) -> dict:
         return load_latest(out_dir)
     if init_from.endswith(".pt"):
         return load_checkpoint(Path(init_from))
-    model_args, weights = read_folder(init_from)
-    return {"model_args": model_args, "model": weights}
+    return read_folder(init_from)
 
 
 def build_model(checkpoint: dict, name: str, dtype: str = "float32") -> GPT:

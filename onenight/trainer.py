@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 from onenight.bins import read_meta
-from onenight.checkpoint import check_optimizers, check_shape, load_weights
+from onenight.checkpoint import check_shape, load_optimizers, load_weights
 from onenight.dataset import TrainWindows, eval_batches, open_bin
 from onenight.device import Ranks, autocast, compile_model, is_out_of_memory, limit_memory, use_tf32
 from onenight.files import first_line
@@ -264,13 +264,8 @@ class Trainer:
 
     def restore(self, checkpoint: dict):
         """Sets the state to that of a checkpoint of this project or of nanoGPT."""
-        check_optimizers(checkpoint, self.optimizers, asdict(self.config))
         self.model.load_state_dict(checkpoint["model"])
-        for name, optimizer in self.optimizers.items():
-            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(checkpoint[name])
-            for group, options in zip(optimizer.param_groups, own):  # the options of the config, not the saved ones
-                group.update(options)
+        load_optimizers(self.optimizers, checkpoint, self.config.out_dir)
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = Progress.of(checkpoint, self.windows_per_iter)

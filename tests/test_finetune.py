@@ -1,6 +1,8 @@
 """Training that begins with weights: GPT-2 from a Hugging Face folder, or a checkpoint, on other data."""
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -99,3 +101,67 @@ def test_the_loss_of_other_weights_needs_no_shape(gpt2, bins, tmp_path):
     result = train(bins, tmp_path / "none", init_from=tmp_path / "qwen3" / "ckpt.pt", eval_only=True)
     assert result.stdout.splitlines()[-1].split(": ")[1:] == re.findall("^step 5: (.*)", trained.stdout, re.M)
     assert not (tmp_path / "none").exists()
+
+
+# ---- weights that do not fit
+
+
+def test_weights_of_another_shape_are_named(gpt2, bins, tmp_path):
+    """By train.py as by sample.py, for a checkpoint as for a folder."""
+    assert train(bins, tmp_path / "run", max_iters=1).returncode == 0
+    checkpoint = load(tmp_path / "run")
+    weights = checkpoint["model"]
+    del weights["transformer.h.1.ln_1.weight"]
+    weights["transformer.h.2.ln_1.weight"], weights["transformer.ln_f.weight"] = torch.zeros(32), torch.zeros(31)
+    torch.save(checkpoint, tmp_path / "bad.pt")
+    faults = (
+        "no transformer.h.1.ln_1.weight, an unknown transformer.h.2.ln_1.weight, transformer.ln_f.weight of shape (31,)"
+    )
+    for result in (
+        train(bins, tmp_path / "new", init_from=tmp_path / "bad.pt"),
+        run("sample.py", f"--init_from={tmp_path / 'bad.pt'}", "--device=cpu"),
+    ):
+        assert_one_sentence(result, f"bad.pt: its weights do not match its shape ({faults})")
+    shutil.copytree(gpt2[0], tmp_path / "folder")
+    config = json.loads((gpt2[0] / "config.json").read_text())
+    (tmp_path / "folder" / "config.json").write_text(json.dumps({**config, "n_layer": 3}))
+    result = train(bins, tmp_path / "new", init_from=tmp_path / "folder", **{**GPT2_SHAPE, "n_layer": 3})
+    assert_one_sentence(result, "no transformer.h.2.attn.c_attn.bias")
+    assert not (tmp_path / "new").exists()
+
+
+def test_names_and_masks_of_other_programs_are_understood(bins, tmp_path):
+    """DistributedDataParallel's and torch.compile's prefixes, and the causal masks of nanoGPT's first versions."""
+    assert train(bins, tmp_path / "run", max_iters=1, bias=True).returncode == 0
+    checkpoint = load(tmp_path / "run")
+    weights, settings = checkpoint["model"], {"bias": True, "eval_only": True}
+    losses = [train(bins, "none", init_from=tmp_path / "run" / "ckpt.pt", **settings).stdout.splitlines()[-1]]
+    for layer in range(2):
+        weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
+        weights[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    for prefix in ("_orig_mod.module.", "module._orig_mod."):
+        named = {prefix + name: value for name, value in weights.items()}
+        torch.save({**checkpoint, "model": named}, tmp_path / "other.pt")
+        result = train(bins, "none", init_from=tmp_path / "other.pt", **settings)
+        assert result.returncode == 0, result.stderr
+        losses.append(result.stdout.splitlines()[-1])
+    assert losses == [losses[0]] * 3 and "val loss" in losses[0]
+
+
+def test_another_optimizer_than_the_saved_one_is_one_sentence(bins, tmp_path):
+    settings = {"architecture": "qwen3", "embedding_lr": 0.01, "max_iters": 3, "eval_interval": 2}
+    assert train(bins, tmp_path / "run", **settings).returncode == 0
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    for changes in ({"optimizer": "muon"}, {"embedding_lr": 0.0}, {"embedding_lr": 0.0, "head_lr": 0.01}):
+        result = train(bins, tmp_path / "run", **{**settings, "init_from": "resume", "max_iters": 9, **changes})
+        assert_one_sentence(
+            result, "it has other optimizer settings; put --optimizer, --embedding_lr and --head_lr back"
+        )
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    shutil.copy(tmp_path / "run" / "best.pt", tmp_path / "run" / "ckpt.pt")
+    result = train(bins, tmp_path / "run", **{**settings, "init_from": "resume"})
+    latest = tmp_path / "run" / "ckpt.pt"
+    assert_one_sentence(result, "it has none")
+    assert_one_sentence(result, f"begin a new run with its weights: --init_from={latest} --out_dir=NEW")
+    result = train(bins, tmp_path / "new", **{**settings, "init_from": latest})
+    assert result.returncode == 0, result.stderr
