@@ -12,7 +12,7 @@ demo: $(VENV)/run
 	$(BIN)/python train.py config/train_demo.py
 	$(BIN)/python sample.py --out_dir=out-demo --num_samples=3 --max_new_tokens=200
 	@echo "The loss picture is out-demo/loss.png. To open the model in other tools (docs/use_your_model.md):"
-	@echo "$(BIN)/python -m pip install safetensors && $(BIN)/python export.py --out_dir=out-demo --export_dir=my-gpt"
+	@echo "$(BIN)/python -m pip install transformers && $(BIN)/python export.py --out_dir=out-demo --export_dir=my-gpt"
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2

@@ -79,8 +79,11 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], name: str):
-    """Loads the weights of the checkpoint `name`. Raises SystemExit, naming tensors, if they are not the model's."""
-    own = model.state_dict()
+    """Loads the weights of the checkpoint `name`; of position embeddings, as many as the model has. Raises SystemExit,
+    naming tensors, if they are not the model's."""
+    own, wpe = model.state_dict(), "transformer.wpe.weight"
+    if wpe in own.keys() & weights:
+        weights = {**weights, wpe: weights[wpe][: len(own[wpe])]}
     shapes = {key: list(weights[key].shape) for key in own.keys() & weights if weights[key].shape != own[key].shape}
     check_keys(name, own.keys() - weights, weights.keys() - own, shapes)
     model.load_state_dict(weights)

@@ -118,10 +118,10 @@ def turned(name: str, weight: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def read_folder(name: str) -> dict:
-    """The model_args and the float32 weights ('model') of the folder `name`, in one or several safetensors files, or of that repository
-    on the Hugging Face hub ('gpt2', 'gpt2-xl'). OpenAI's tanh approximation of GELU is computed as GELU itself, as in
-    nanoGPT: they differ by 0.0005 at most. Raises SystemExit if it cannot be read or fetched, has another architecture
-    or tokenizer, or weights of another shape."""
+    """model_args and model, float32 weights, of the folder `name`, in one or several safetensors files, or of that
+    repository on the Hugging Face hub ('gpt2', 'gpt2-xl'). OpenAI's tanh approximation of GELU is computed as GELU
+    itself, as in nanoGPT: they differ by 0.0005 at most. Raises SystemExit if it cannot be read or fetched, has another
+    architecture or tokenizer, or weights of another shape."""
     transformers = import_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)

@@ -38,9 +38,3 @@ def build_model(checkpoint: dict, name: str, dtype: str = "float32") -> GPT:
         if isinstance(module, torch.nn.Linear):
             module.to(DTYPES[dtype])
     return model.eval()
-
-
-def crop_positions(weights: dict, block_size: int) -> dict:
-    """The weights for a smaller block_size: only the first of the position embeddings, if there are any."""
-    wpe = "transformer.wpe.weight"
-    return {**weights, wpe: weights[wpe][:block_size]} if wpe in weights else weights

@@ -11,7 +11,6 @@ from onenight.device import Ranks, autocast, compile_model, is_out_of_memory, li
 from onenight.files import first_line
 from onenight.generate import begin_document
 from onenight.optimizer import make_optimizers
-from onenight.pretrained import crop_positions
 from onenight.tokenizer import VOCAB_SIZE
 from onenight.train_config import TrainConfig
 
@@ -87,7 +86,7 @@ class Trainer:
         self.model = model or GPT(GPTConfig(**self.model_args))
         if checkpoint:
             source = config.out_dir if config.init_from == "resume" else config.init_from
-            load_weights(self.model, crop_positions(checkpoint["model"], config.block_size), source)
+            load_weights(self.model, checkpoint["model"], source)
         self.model.to(device)
         self.compiled_model = compile_model(self.model) if config.compile else self.model
         self.optimizers = make_optimizers(self.model, config, device)
