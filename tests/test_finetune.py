@@ -152,7 +152,11 @@ def test_another_optimizer_than_the_saved_one_is_one_sentence(bins, tmp_path):
     settings = {"architecture": "qwen3", "embedding_lr": 0.01, "max_iters": 3, "eval_interval": 2}
     assert train(bins, tmp_path / "run", **settings).returncode == 0
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    for changes in ({"optimizer": "muon"}, {"embedding_lr": 0.0}, {"embedding_lr": 0.0, "head_lr": 0.01}):
+    for changes in (
+        {"optimizer": "muon", "head_lr": 0.01},
+        {"embedding_lr": 0.0},
+        {"embedding_lr": 0.0, "head_lr": 0.01},
+    ):
         result = train(bins, tmp_path / "run", **{**settings, "init_from": "resume", "max_iters": 9, **changes})
         assert_one_sentence(
             result, "it has other optimizer settings; put --optimizer, --embedding_lr and --head_lr back"
