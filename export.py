@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from onenight.checkpoint import newest_run
 from onenight.console import set_up_output
 from onenight.device import DTYPES
 from onenight.files import duration, first_line, make_folder, rename
@@ -45,7 +46,7 @@ Made with One-night GPT.
 @dataclass
 class ExportConfig:
     init_from: str = setting("resume", "'resume': the latest checkpoint of out_dir; or a *.pt file", path=True)
-    out_dir: str = setting("out", "folder of the ckpt.pt to export, and of metrics.jsonl for the card", path=True)
+    out_dir: str = setting("", "folder of the ckpt.pt to export; '': the newest out*/ here", path=True)
     export_dir: str = setting("", "the folder to write, which must not exist yet", path=True)
     dtype: str = setting("float32", "number format of the weights", choices=tuple(DTYPES))
 
@@ -61,9 +62,9 @@ def main(arguments: list[str]):
     if target.exists():
         raise SystemExit(f"{target} exists already; delete it, or choose another --export_dir")
     resume = config.init_from == "resume"
-    run_dir = Path(config.out_dir) if resume else Path(config.init_from).parent
+    run_dir = Path(config.out_dir or newest_run()) if resume else Path(config.init_from).parent
     checkpoint = resolve_checkpoint(config.init_from, run_dir)
-    model = build_model(checkpoint, config.out_dir if resume else config.init_from)
+    model = build_model(checkpoint, str(run_dir) if resume else config.init_from)
     theirs = to_transformers(model, DTYPES[config.dtype])
     tokenizer = import_transformers().GPT2Tokenizer(
         vocab=vocabulary(), merges=[*merges()], model_max_length=model.config.block_size

@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from onenight.checkpoint import newest_run
 from onenight.console import set_up_output
 from onenight.device import DTYPES, compile_model, is_out_of_memory, set_up_device
 from onenight.generate import Sampling, draw_uniforms, generate
 from onenight.pretrained import build_model, resolve_checkpoint
-from onenight.tokenizer import EOT, EOT_TEXT, get_encoding
+from onenight.tokenizer import EOT, encode_prompt, get_encoding
 
 import torch
 
@@ -35,7 +36,7 @@ from model import GPT
 @dataclass
 class SampleConfig:
     init_from: str = setting("resume", "'resume': out_dir; or a *.pt file; or GPT-2's folder or name", path=True)
-    out_dir: str = setting("out", "folder of the ckpt.pt to sample from", path=True)
+    out_dir: str = setting("", "folder of the ckpt.pt to sample from; '': the newest out*/ here", path=True)
     start: str = setting("\n", "the prompt; FILE:prompt.txt reads it from a file, - from stdin; '' starts a document")
     interactive: bool = setting(False, "ask for one prompt after another, with one sample for each")
     num_samples: int = setting(10, "samples to draw, all at once", low=1)
@@ -53,13 +54,16 @@ class SampleConfig:
 
 def main(arguments: list[str]):
     set_up_output("stderr")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
+    sys.stdin = sys.stdin or open(os.devnull)  # closed from the start
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may not have every character
     config = configure(SampleConfig, arguments, __doc__)
-    step, name = None, config.out_dir if config.init_from == "resume" else config.init_from
+    step = None
     with contextlib.redirect_stdout(sys.stderr):
         device, dtype, compiled = set_up_device(config.device, config.dtype, config.compile)
-        model = build_model(resolve_checkpoint(config.init_from, Path(config.out_dir)), name, dtype).to(device)
+        name = (config.out_dir or newest_run()) if config.init_from == "resume" else config.init_from
+        model = build_model(resolve_checkpoint(config.init_from, Path(name)), name, dtype).to(device)
         if compiled:
             torch._inductor.config.triton.cudagraphs = True  # on a GPU: one launch per token instead of hundreds
             step = compile_model(model)
@@ -77,13 +81,18 @@ def main(arguments: list[str]):
 
 
 def read_prompt(start: str) -> str:
-    """The prompt that --start means. Raises SystemExit if it cannot be read."""
+    """The prompt that --start means; bytes that are not UTF-8 become U+FFFD. Raises SystemExit if it cannot be read."""
+    name, content = start.removeprefix("FILE:"), os.fsencode(start)
     try:
         if start == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        return Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{start.removeprefix('FILE:')}: the prompt cannot be read ({error})") from None
+            content = sys.stdin.buffer.read()
+        elif name != start:
+            content = Path(name).expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:  # the latter for the home of an unknown user
+        raise SystemExit(f"{name}: the prompt cannot be read ({error})") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise SystemExit(f"{name}: the prompt is in UTF-16; save it as UTF-8")
+    return content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
 def ask() -> Iterator[str]:
@@ -98,7 +107,7 @@ def ask() -> Iterator[str]:
 def write_samples(model: GPT, step, config: SampleConfig, dtype: str, start: str, samples: range):
     """Writes samples of one prompt to stdout, drawn all at once, or as many at once as fit in memory. Raises SystemExit
     if not even one does."""
-    prompt = get_encoding().encode(start, allowed_special={EOT_TEXT}) or [EOT]
+    prompt = encode_prompt(start)
     block_size = model.config.block_size
     if len(prompt) + config.max_new_tokens > block_size:
         say_once(f"the model sees {block_size} tokens; then it continues from the last {max(1, block_size // 2)}")

@@ -36,6 +36,15 @@ def has_checkpoint(out_dir: Path) -> bool:
     return (out_dir / LATEST).exists() or (out_dir / PREVIOUS).exists()
 
 
+def newest_run() -> str:
+    """The folder out*/ here with the newest checkpoint; says which. Raises SystemExit if there is none."""
+    newest = max(Path().glob("out*/ckpt*.pt"), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise SystemExit(f"no out*/ in {Path.cwd()} has a checkpoint; train one, or name its folder with --out_dir=")
+    print(f"out_dir={newest.parent}, the newest run here")
+    return str(newest.parent)
+
+
 def load_latest(out_dir: Path) -> dict:
     """ckpt.pt or, with a message, the one before. Raises SystemExit if neither can be read."""
     if not (out_dir / PREVIOUS).exists():

@@ -45,6 +45,7 @@ def generate(model: GPT, prompt: list[int], uniforms, sampling: Sampling, dtype:
     for tensor in itertools.chain(*cache.layers) if step is not None else ():
         torch._dynamo.mark_static_address(tensor)  # or CUDA graphs would copy the cache for every token
     begin = max(0, start - block_size)  # where the context begins
+    last = None  # the tokens drawn last, not a part of ids, whose strides a compiled step would be bound to
     for end in range(start, stop):
         if end == start:
             logits = prefill(model, ids[:1, begin:end], cache, dtype).expand(rows, -1)
@@ -52,12 +53,12 @@ def generate(model: GPT, prompt: list[int], uniforms, sampling: Sampling, dtype:
             begin = end - max(1, block_size // 2)
             logits = prefill(model, ids[:, begin:end], cache, dtype)
         elif step is None:
-            logits = decode(model, ids[:, end - 1 : end], end - 1 - begin, cache.view(rows, end - begin), dtype)
+            logits = decode(model, last[:, None], end - 1 - begin, cache.view(rows, end - begin), dtype)
         else:
-            logits = decode(step, ids[:, end - 1 : end], end - 1 - begin, cache, dtype)
+            logits = decode(step, last[:, None], end - 1 - begin, cache, dtype)
         logits = penalize(logits, ids[:, :end], sampling.repetition_penalty)
-        ids[:, end] = draw(logits, uniforms[:, end - start], sampling)
-        yield ids[:, end].tolist()
+        ids[:, end] = last = draw(logits, uniforms[:, end - start], sampling)
+        yield last.tolist()
 
 
 def begin_document(model: GPT, dtype: str, n_tokens: int = 60) -> str:

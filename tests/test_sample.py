@@ -6,11 +6,11 @@ import re
 import subprocess
 import sys
 
-from onenight.tokenizer import EOT, get_encoding
+from onenight.tokenizer import EOT, EOT_TEXT, get_encoding
 
 import pytest
 import torch
-from conftest import ROOT, SmallMemory, assert_one_sentence, gpt2_of
+from conftest import ROOT, SmallMemory, assert_one_sentence, gpt2_of, run
 
 from configurator import configure
 from model import GPT, GPTConfig
@@ -40,12 +40,10 @@ def door(out_dir, *flags, stdin=None):
     return subprocess.run(command, env=env, input=stdin, capture_output=True, encoding="utf-8")
 
 
-def sample(out_dir, *flags, stdin=""):
+def sample(out_dir, *flags, stdin=b""):
     """sample.py in this process, which is faster."""
-    streams = [
-        io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
-        for content in (stdin.encode(errors="surrogatepass"), b"", b"")
-    ]
+    stdin = stdin if isinstance(stdin, bytes) else stdin.encode()
+    streams = [io.TextIOWrapper(io.BytesIO(content), encoding="utf-8") for content in (stdin, b"", b"")]
     before, returncode = (sys.stdin, sys.stdout, sys.stderr), 0
     sys.stdin, sys.stdout, sys.stderr = streams
     try:
@@ -150,7 +148,46 @@ def test_the_prompt_from_stdin(tmp_path):
     save(tmp_path)
     expected = sample(tmp_path, "--start=Ünïcödé\n").stdout
     assert door(tmp_path, "--start=-", stdin="Ünïcödé\n").stdout == expected
-    assert_one_sentence(sample(tmp_path, "--start=-", stdin="\ud800"), "the prompt cannot be read")
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (b"\xef\xbb\xbfcaf\xc3\xa9", "café"),  # Notepad's byte-order mark
+        (b"caf\xe9 \xff", "caf\ufffd \ufffd"),
+        (b"one\r\ntwo\r\n", "one\ntwo\n"),
+    ],
+    ids=["byte-order mark", "not UTF-8", "lines of Windows"],
+)
+def test_prompts_of_other_editors(content, text, tmp_path, monkeypatch):
+    save(tmp_path)
+    (tmp_path / "prompt.txt").write_bytes(content)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = sample(tmp_path, f"--start={text}").stdout
+    assert expected.startswith(text)
+    for source in ("FILE:~/prompt.txt", "-", os.fsdecode(content)):
+        result = sample(tmp_path, f"--start={source}", stdin=content)
+        assert result.stdout == expected, result.stderr
+
+
+def test_a_prompt_in_utf_16_is_refused(tmp_path):
+    save(tmp_path)
+    (tmp_path / "prompt.txt").write_text("So", encoding="utf-16")
+    assert_one_sentence(sample(tmp_path, f"--start=FILE:{tmp_path / 'prompt.txt'}"), "UTF-16; save it as UTF-8")
+
+
+def test_a_prompt_of_three_million_spaces(tmp_path):
+    save(tmp_path)
+    (tmp_path / "prompt.txt").write_text(prompt := " " * 3_000_000 + "So")
+    result = sample(tmp_path, f"--start=FILE:{tmp_path / 'prompt.txt'}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(prompt)
+
+
+def test_end_of_text_in_a_prompt_is_the_token(tmp_path):
+    """A prompt that begins with it is the same as the empty one, but that the text shows it."""
+    save(tmp_path)
+    assert sample(tmp_path, f"--start={EOT_TEXT}").stdout == EOT_TEXT + sample(tmp_path, "--start=").stdout
 
 
 def test_interactive(tmp_path):
@@ -163,6 +200,61 @@ def test_interactive(tmp_path):
     assert rest == "" and result.stderr.count("tokens/s") == 3
     assert sample(tmp_path, "--interactive", stdin="So\nAnd\nSo\n").stdout == result.stdout
     assert sample(tmp_path, "--start=So").stdout == first + "\n---------------\n"
+
+
+def test_interactive_goes_on_after_any_line(tmp_path):
+    """One that is not UTF-8, and an empty one, which starts a document."""
+    save(tmp_path)
+    result = sample(tmp_path, "--interactive", stdin=b"caf\xe9\n\nSo\n")
+    assert result.returncode == 0, result.stderr
+    bad, empty, last, rest = result.stdout.split("\n---------------\n")
+    assert bad.startswith("caf\ufffd") and len(empty) > 1 and last.startswith("So") and rest == ""
+
+
+def test_without_stdin(tmp_path):
+    save(tmp_path)
+    command = [sys.executable, ROOT / "sample.py", *flags_of(tmp_path, ["--interactive"])]
+    result = subprocess.run(["bash", "-c", '"$@" <&-', "", *map(str, command)], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_interactive_compiles_once(tmp_path, monkeypatch):
+    """However long the prompts are, and wherever their caches are in memory."""
+    save(tmp_path)
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("sample.compile_model", lambda model, *_: torch.compile(model, backend=count, dynamic=False))
+    prompts = "So\nOnce upon a time\nOne, two, three, four, five\n\n"
+    result = sample(tmp_path, "--interactive", "--compile", "--max_new_tokens=5", stdin=prompts)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == sample(tmp_path, "--interactive", "--max_new_tokens=5", stdin=prompts).stdout
+    assert len(graphs) == 1
+
+
+# ---- which run
+
+
+def test_without_out_dir_it_is_the_newest_run_here(tmp_path, monkeypatch):
+    """The newest checkpoint counts, not the newest folder, and only in folders called out*."""
+    for age, (folder, name) in enumerate([("a", "ckpt.pt"), ("out-b", "ckpt-previous.pt"), ("out-c", "ckpt.pt")]):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder)
+        (tmp_path / folder / "ckpt.pt").rename(tmp_path / folder / name)
+        os.utime(tmp_path / folder / name, (1e9 - age, 1e9 - age))
+    (tmp_path / "out-d").mkdir()
+    result = run("sample.py", "--num_samples=1", "--max_new_tokens=2", "--device=cpu", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "out-b" in result.stderr.splitlines()[0]
+    exported = run("export.py", "--export_dir=exported", cwd=tmp_path)
+    assert exported.returncode == 0 and exported.stderr == result.stderr.splitlines(keepends=True)[0], exported.stderr
+    monkeypatch.chdir(tmp_path)
+    assert "out-" not in sample("", "--init_from=a/ckpt.pt").stderr
+    monkeypatch.chdir(tmp_path / "a")
+    assert_one_sentence(sample(""), "--out_dir=")
 
 
 def test_text_streams(monkeypatch):
