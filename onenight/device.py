@@ -26,15 +26,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def set_up_device(device: str, dtype: str, compiled: bool) -> tuple[torch.device, str, bool]:
-    """The device, the number format and whether to compile: as asked for, as far as this machine can; prints them.
-    Raises SystemExit for a device that it does not have."""
+    """The device, the number format and whether to compile: as asked for, as far as this machine can, with a message
+    about what it cannot. Raises SystemExit for a device that it does not have."""
     chosen = choose_device(device)
     use_tf32(chosen)
-    dtype, compiled = choose_dtype(dtype, chosen), compiled and compile_works(chosen)
-    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else str(chosen)
-    remark = " (torch finds no GPU: see README)" if (device, chosen.type) == ("auto", "cpu") else ""
-    print(f"device: {name}{remark}, {dtype}{', compiled' if compiled else ''}")
-    return chosen, dtype, compiled
+    return chosen, choose_dtype(dtype, chosen), compiled and compile_works(chosen)
 
 
 def choose_device(device: str) -> torch.device:

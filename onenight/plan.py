@@ -45,6 +45,10 @@ def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: f
             epochs += f" (over {MAX_EPOCHS} the same text teaches little more: prepare a second file as well)"
     memory = predict_memory(model, config.batch_size, dtype, config.optimizer, config.compile)
     parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in memory.items())
+    if not config.plan_vram_gb:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        remark = " (torch finds no GPU: see README)" if (config.device, device.type) == ("auto", "cpu") else ""
+        print(f"device: {name}{remark}, {dtype}{', compiled' if config.compile else ''}")
     print(f"parameters: {model.get_num_params() / 1e6:.2f}M, {model.flops_per_token() / 1e6:,.0f} MFLOP per token")
     print(f"tokens: {config.tokens_per_iter:,} per iteration, {iters:,} iterations, {total:,}; {epochs}")
     print(f"memory: {sum(memory.values()) / GB:.1f} GB at the peak ({parts})")
