@@ -11,7 +11,7 @@ from pathlib import Path
 from onenight.train_config import TrainConfig
 
 import pytest
-from conftest import ROOT, assert_one_sentence, run
+from conftest import ROOT, TINY, assert_one_sentence, make_bins, run
 
 import configurator
 from configurator import allowed_values, configure, read_config_file, setting
@@ -292,6 +292,12 @@ def test_a_value_after_a_space_is_refused_once_with_the_flag_to_write(arguments,
     assert len(refusal(*arguments, "--compile=maybe")) == 2  # and what follows is checked as well
 
 
+@pytest.mark.parametrize("arguments", [("--compile", "False"), ("--note=once", "upon")])
+def test_a_value_in_two_arguments_is_refused_with_a_hint(arguments):  # the first of them is right by itself
+    hint = "neither a config file (*.py) nor --key=value (no space at the =, spaces in quotes)"
+    assert refusal(*arguments) == [f"{arguments[1]}: {hint}"]
+
+
 def test_a_path_is_not_taken_for_a_flag():
     given = configure(PrepareLike, ["--eval_only", "a=b/max_iters.parquet", "-", "no_compile"], "")
     assert given.paths == ["a=b/max_iters.parquet", "-", "no_compile"] and given.eval_only
@@ -407,6 +413,25 @@ def test_a_script_reports_all_problems_and_writes_nothing(tmp_path):
     lines = result.stderr.splitlines()
     assert [line.split()[0] for line in lines] == ["bad.py:", "--compile=maybe:", "n_embd=512"]
     assert os.listdir(tmp_path) == ["bad.py"]
+
+
+def test_a_mistyped_flag_gets_one_sentence(tmp_path):
+    refused = run("train.py", "--batch_size", "4", "--n_layer=2", cwd=tmp_path)
+    assert_one_sentence(refused, "--batch_size: write --batch_size=4")
+    refused = run("prepare_single_parquet.py", "--num_workers", "4", "a.parquet", cwd=tmp_path)
+    assert_one_sentence(refused, "--num_workers: write --num_workers=4")
+    assert_one_sentence(run("prepare_single_parquet.py", "--out_dir=", cwd=tmp_path), "out_dir takes a path, not ''")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_plan_finds_a_dataset_in_data_and_in_the_home_folder(tmp_path):
+    folder = tmp_path / "data/t"
+    folder.mkdir(parents=True)
+    make_bins(folder)
+    tiny = [f"--{key}={value}" for key, value in TINY.items()]
+    for dataset in ("data/t/", "~/data/t"):
+        result = run("train.py", *tiny, "--plan", f"--dataset={dataset}", cwd=tmp_path, env={"HOME": str(tmp_path)})
+        assert "epochs of 20,000" in result.stdout, result.stderr
 
 
 def test_a_config_file_cannot_exit_silently(tmp_path):
