@@ -47,6 +47,12 @@ def commit() -> str:
     return result.stdout.strip() or "not committed"
 
 
+def bytes_per_step(model) -> int:
+    """What a GPT-2 must read for a token at the least: every weight once, but next to nothing of the positions'."""
+    positions = model.transformer.wpe.weight
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p is not positions)
+
+
 def load_peer(folder: Path):
     """The module model.py in a checkout of nanoGPT."""
     spec = importlib.util.spec_from_file_location("model_of_peer", Path(folder) / "model.py")

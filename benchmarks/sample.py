@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import GPT2_SHAPE, RESULTS, circumstances, make_peer
+from common import GPT2_SHAPE, RESULTS, bytes_per_step, circumstances, make_peer
 from onenight.device import autocast, choose_device, compile_model, use_tf32
 from onenight.generate import Sampling, draw_uniforms, generate
 from onenight.pretrained import build_model, resolve_checkpoint
@@ -86,12 +86,6 @@ def run_ours(model: GPT, samples: int, n_tokens: int, dtype: str, step) -> float
     for _ in generate(model, PROMPT, uniforms, Sampling(temperature=0.8, top_k=200), dtype, step):
         pass
     return time.perf_counter() - started
-
-
-def bytes_per_step(model: GPT) -> int:
-    """What a step must read at the least: every weight once, but next to nothing of the position embeddings."""
-    positions = model.transformer.wpe.weight
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p is not positions)
 
 
 def read_bandwidth(device: torch.device) -> float:
