@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from common import RESULTS, ROOT
 from onenight.files import first_line, make_folder, replacing, write_json
@@ -38,7 +37,6 @@ TINY = {
     "compile": False,
 }  # fmt: skip
 NIGHT, FAST = "config/train_fineweb_4070.py", "config/train_fineweb_4070_fast.py"
-SMALL, FINETUNE = "config/train_fineweb_4070_small.py", "config/finetune_gpt2.py"
 NEEDS_GPU = {"skipped": "needs a GPU"}
 
 
@@ -62,12 +60,13 @@ def main(arguments: list[str]):
             name = "tiny" if bench.tiny else re.sub("[^a-z0-9]+", "-", bench.card["machine"].lower()).strip("-")
             about = {"command": " ".join(["python benchmarks/gpu.py", *arguments]), "tiny": bench.tiny, **bench.card}
             report = Report(Path(config.save or RESULTS / f"gpu-{name}.json"), about)
-            for part in PARTS:
-                measure_part(part, bench, report)
+            for part, measure, limit_s in PARTS:
+                measure_part(part, measure, limit_s, bench, report)
     except KeyboardInterrupt:
-        print("stopped; what was measured is on the disk", file=sys.stderr)
+        print("stopped; what was measured so far is on the disk", file=sys.stderr)
         raise SystemExit(130) from None
-    print(f"\nwritten: {report.path} (to be sent) and {report.path.with_suffix('.md')}")
+    except OutOfTime:
+        raise SystemExit("the card did not answer within two minutes")
 
 
 class OutOfTime(Exception):
@@ -78,7 +77,8 @@ class Bench:
     """Where it is measured, for how long, and what the card is. Raises SystemExit if that cannot be found out."""
 
     def __init__(self, folder: Path, config: GpuConfig):
-        self.folder, self.config, self.seconds = folder, config, 5.0  # for which a measurement counts
+        self.folder, self.minutes, self.tiny = folder, config.minutes, False
+        self.peer = Path(config.peer).resolve() if config.peer else None
         self.end = time.monotonic() + 60 * config.minutes
         self.deadline = time.monotonic() + 120  # of the card, which everything depends on
         self.card = self.figures("card", f"--device={config.device}")
@@ -87,28 +87,30 @@ class Bench:
         self.tiny = self.card["device"] != "cuda"
         self.settings = {"dataset": folder, "vram_limit_gb": VRAM_GB, "eval_iters": 1, "wandb_log": False}
         self.settings |= {"device": "cpu", **TINY} if self.tiny else {"device": "cuda"}
-        self.seconds = 0.2 if self.tiny else self.seconds
         write_bins(folder, vocab_size=512 if self.tiny else 50257)
 
     def run(self, *command, **environment) -> tuple[str, str]:
         """Runs a script of the project in the time that is left. Returns what it printed, and why it failed or ''."""
         texts = [self.folder / name for name in ("stdout", "stderr")]  # not pipes: its own children may outlive it
-        caches = {"TORCHINDUCTOR_CACHE_DIR": self.folder / "inductor", "TRITON_CACHE_DIR": self.folder / "triton"}
-        environment = {**os.environ, **{key: str(value) for key, value in {**caches, **environment}.items()}}
+        caches = {f"{name}_CACHE_DIR": str(self.folder / name) for name in ("TORCHINDUCTOR", "TRITON")}
+        environment = {**os.environ, **caches, **environment}
         with open(texts[0], "w") as stdout, open(texts[1], "w") as stderr:
-            options = {"stdout": stdout, "stderr": stderr, "env": environment, "cwd": ROOT}
+            options = {"stdout": stdout, "stderr": stderr, "env": environment, "cwd": self.folder}
             try:
                 left = max(0, self.deadline - time.monotonic())
                 code = subprocess.run([sys.executable, *map(str, command)], timeout=left, **options).returncode
             except subprocess.TimeoutExpired:
                 raise OutOfTime
         printed, complaint = (path.read_text(errors="replace").strip() for path in texts)
-        return printed, (complaint.splitlines() or [f"exit status {code}"])[-1] if code else ""
+        errors = re.findall(
+            r"^[\w.]*(?:Error|Exception|Failed)\b.*", complaint, re.MULTILINE
+        )  # torch adds advice below it
+        return printed, (errors or complaint.splitlines() or [f"exit status {code}"])[-1][:300] if code else ""
 
     def figures(self, *command, script="gpu_measure", **environment) -> dict:
         """The figures that a measurement prints, or {"failed": why}."""
         script = ROOT / "benchmarks" / f"{script}.py"
-        printed, failed = self.run(script, *command, f"--seconds={self.seconds}", **environment)
+        printed, failed = self.run(script, *command, f"--seconds={0.2 if self.tiny else 5}", **environment)
         return {"failed": failed} if failed else json.loads(printed.splitlines()[-1])
 
     def flags(self, **changes) -> list[str]:
@@ -128,10 +130,9 @@ class Bench:
         printed, failed = self.run(ROOT / "train.py", FAST, *self.flags(**changes))
         if failed:
             return {"failed": failed}
-        records = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
-        records = [record for record in records if "train_loss" in record]
-        losses = {record["iter"]: record["train_loss"] for record in records}
-        return {"losses": losses, "printed": printed, "peak_gb": records[-1].get("peak_memory_gb")}
+        records = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        losses = {record["iter"]: record["train_loss"] for record in records if "train_loss" in record}
+        return {"losses": losses, "printed": printed, "peak_gb": max(r.get("peak_memory_gb", 0) for r in records)}
 
 
 def write_bins(folder: Path, vocab_size: int):
@@ -147,10 +148,8 @@ def write_bins(folder: Path, vocab_size: int):
 
 def the_card(bench: Bench) -> Iterator[tuple[str, dict]]:
     for dtype, speed in bench.card["tflops"].items():
-        yield (
-            f"matrix products in {dtype}{' with TF32' * (dtype == 'float32' and not bench.tiny)}",
-            {"matmul_tflops": speed},
-        )
+        tf32 = " with TF32" if dtype == "float32" and not bench.tiny else ""
+        yield f"matrix products in {dtype}{tf32}", {"matmul_tflops": speed}
     yield "copying in its memory", {"copy_gb_s": bench.card["copy_gb_s"]}
 
 
@@ -162,7 +161,7 @@ def train_config(file: str, bench: Bench) -> Iterator[tuple[str, dict]]:
         return
     share = own.get("allocated_gb", own["plan_gb"]) / own["plan_gb"]  # of the plan that is really taken
     size = max((int(size) for size, gb in own["larger"].items() if gb * share <= VRAM_GB), default=0)
-    figures = {"skipped": "is no larger: twice as many windows are too much"}
+    figures = {"skipped": "no larger one: by the plan and this peak, twice the micro-batch does not fit"}
     if size:
         changes = {"batch_size": size, "gradient_accumulation_steps": own["windows"] // size}
         figures = bench.training(file, **changes)
@@ -171,13 +170,14 @@ def train_config(file: str, bench: Bench) -> Iterator[tuple[str, dict]]:
 
 def peer(bench: Bench) -> Iterator[tuple[str, dict]]:
     """Ours and nanoGPT in turn, twice, each with its largest micro-batch; then ours with nanoGPT's."""
-    if not bench.config.peer:
+    if not bench.peer:
         yield "nanoGPT", {"skipped": "needs --peer=FOLDER, a checkout of nanoGPT"}
         return
-    (first_size, windows), speeds, sizes = (4, 8) if bench.tiny else (16, 96), {"ours": [], "peer": []}, {}
+    first_size, windows = (4, 8) if bench.tiny else (16, 96)  # 16, 12, 8, 6 ... divide 96
+    speeds, sizes = {"ours": [], "peer": []}, {}
 
     def measure(name: str, size: int) -> dict:
-        changes = {"batch_size": size, "gradient_accumulation_steps": windows // size, "peer": bench.config.peer}
+        changes = {"batch_size": size, "gradient_accumulation_steps": windows // size, "peer": bench.peer}
         return bench.figures(NIGHT, *bench.flags(**changes), f"--only={name}", script="train")
 
     for attempt in ("first", "second"):
@@ -264,80 +264,62 @@ def switches(bench: Bench) -> Iterator[tuple[str, dict]]:
         "as it is, again": ({}, {}),
         "max-autotune": ({}, {"TORCHINDUCTOR_MAX_AUTOTUNE": "1"}),
     }
-    base = None
+    base = 0.0
     for name, (settings, environment) in changes.items():
         figures = NEEDS_GPU
         if not (environment and bench.tiny):
             figures = bench.training(FAST, environment, dtype="bfloat16", **settings)
-        base = base or figures.get("tokens_per_s")
-        if base and "tokens_per_s" in figures and name != "as it is":
+        if name == "as it is":
+            base = figures.get("tokens_per_s")
+        elif base and "tokens_per_s" in figures:
             figures["gain"] = figures["tokens_per_s"] / base - 1
         yield name, figures
 
 
-class Part(NamedTuple):
-    name: str
-    measure: Callable[[Bench], Iterator[tuple[str, dict]]]
-    limit_s: float
-
-
+# What is measured, in this order, and the seconds that it may take.
 PARTS = [
-    Part("card", the_card, 60),
-    Part("the night", functools.partial(train_config, NIGHT), 240),
-    Part("the short night", functools.partial(train_config, FAST), 240),
-    Part("nanoGPT", peer, 480),
-    Part("out of memory", out_of_memory, 150),
-    Part("resuming", resuming, 150),
-    Part("sampling", sampling, 240),
-    Part("the first evening", functools.partial(train_config, SMALL), 180),
-    Part("more training", functools.partial(train_config, FINETUNE), 240),
-    Part("switches", switches, 720),
+    ("card", the_card, 60),
+    ("the night", functools.partial(train_config, NIGHT), 240),
+    ("the short night", functools.partial(train_config, FAST), 240),
+    ("nanoGPT", peer, 480),
+    ("out of memory", out_of_memory, 150),
+    ("resuming", resuming, 150),
+    ("sampling", sampling, 240),
+    ("the first evening", functools.partial(train_config, "config/train_fineweb_4070_small.py"), 180),
+    ("more training", functools.partial(train_config, "config/finetune_gpt2.py"), 240),
+    ("switches", switches, 720),
 ]
 
 
-def measure_part(part: Part, bench: Bench, report: "Report"):
+def measure_part(part: str, measure: Callable, limit_s: float, bench: Bench, report: "Report"):
     """Measures a part as far as it gets, and reports why it ended if it did not get to its end."""
     started, rows, missing = time.monotonic(), 0, ""
-    bench.deadline = min(bench.end, started + part.limit_s)
+    bench.deadline = min(bench.end, started + limit_s)
     try:
         if started >= bench.end:
             raise OutOfTime
-        for name, figures in part.measure(bench):
+        for name, figures in measure(bench):
             rows += 1
-            report.add(part.name, name, figures)
+            report.add(part, name, figures)
     except OutOfTime:
-        over = f"{bench.config.minutes:g} minutes" if bench.deadline == bench.end else f"{part.limit_s:g} seconds"
+        over = f"{bench.minutes:g} minutes" if bench.deadline == bench.end else f"{limit_s:g} seconds"
         missing = f"not reached in {over}"
     except Exception as error:  # a fault of one part: the others go on
         missing = f"{type(error).__name__}: {first_line(error)}"
     if missing:
-        report.add(part.name, "the rest" if rows else "all of it", {"skipped": missing})
+        report.add(part, "the rest" if rows else "all of it", {"skipped": missing})
 
 
-# ---- the report
 # The figures that a line of the table tells, in this order, and their words.
 WORDS = {
-    "batch_size": "micro-batch {}",
-    "tokens_per_s": "{:,.0f} tokens/s",
-    "mfu": "{:.0%} of the products' speed",
-    "allocated_gb": "peak {:.2f} GB",
-    "plan_gb": "planned {:.2f} GB",
-    "reserved_gb": "reserved {:.2f} GB",
-    "compile_s": "compiled in {:.0f} s",
-    "share_of_bandwidth": "{:.0%} of the copying speed",
-    "gain": "{:+.1%}",
-    "times": "{:.2f} times",
-    "matmul_tflops": "{:.2f} TFLOP/s",
-    "copy_gb_s": "{:,.0f} GB/s read and written",
-    "limit_gb": "limited to {:.2f} GB",
-    "went_on_with": "went on with micro-batch {}",
-    "loss_difference": "at most {:.1g} apart",
-    "iters": "in {} iterations",
-    "save_s": "{:.2f} s",
-    "saved_gb": "{:.2f} GB on the disk",
-    "skipped": "{}",
-    "failed": "failed: {}",
-}
+    "batch_size": "micro-batch {}", "tokens_per_s": "{:,.0f} tokens/s", "mfu": "MFU {:.0%}", "gain": "{:+.1%}",
+    "allocated_gb": "peak {:.2f} GB", "plan_gb": "planned {:.2f} GB", "reserved_gb": "reserved {:.2f} GB",
+    "compile_s": "compiled in {:.0f} s", "share_of_bandwidth": "{:.0%} of the copying speed", "note": "{}",
+    "times": "{:.2f} times", "matmul_tflops": "{:.2f} TFLOP/s", "copy_gb_s": "{:,.0f} GB/s read and written",
+    "limit_gb": "limited to {:.2f} GB", "went_on_with": "went on with micro-batch {}",
+    "loss_difference": "at most {:.1g} apart", "iters": "in {} iterations", "save_s": "{:.2f} s",
+    "saved_gb": "{:.2f} GB on the disk", "skipped": "{}", "failed": "failed: {}",
+}  # fmt: skip
 
 
 class Report:
@@ -347,12 +329,12 @@ class Report:
         make_folder(path.parent)
         self.path, self.about, self.parts = path, about, {}
         machine = (
-            "a CPU, tiny models: these figures only show that the parts work" if about["tiny"] else about["machine"]
+            "Tiny models on a CPU: the figures only show that the parts work" if about["tiny"] else about["machine"]
         )
         versions = [f"torch {about['torch']}", *(f"{key} {about[key]}" for key in ("cuda", "driver") if key in about)]
         self.text = f"# {machine}\n\n{', '.join(versions)}, commit {about['commit']}, {about['date']}\n"
         self.text += "\n| part | measured | result |\n|---|---|---|\n"
-        print(self.text, end="", flush=True)
+        print(f"The figures, to be sent back, go to {path}; this table beside it.\n\n{self.text}", end="", flush=True)
 
     def add(self, part: str, name: str, figures: dict):
         """Adds the figures of a measurement."""

@@ -131,16 +131,22 @@ def training(config: MeasureConfig, device: torch.device) -> dict:
         "batch_size": size,
         "windows": windows,
         "dtype": dtype,
-        "compiled": compiled,
         "tokens_per_s": speed,
         "tflops": speed * trainer.model.flops_per_token() / 1e12,
         "micro_batch_s": passes_s / trainer.gradient_accumulation_steps,
         "update_s": update_s,
-        **({"compile_s": first_s - passes_s - update_s} if compiled else {}),
+        **about_compiling(config, compiled, first_s - passes_s - update_s),
         **peak_gb(device),
         "plan_gb": planned_gb(trainer, size),
         "larger": {n: planned_gb(trainer, n) for n in larger_sizes(trainer, windows)},
     }
+
+
+def about_compiling(config: MeasureConfig, compiled: bool, seconds: float) -> dict:
+    """The seconds that it took, or that it did not work."""
+    return (
+        {"compile_s": seconds} if compiled else {"note": "torch.compile does not work here"} if config.compile else {}
+    )
 
 
 def time_steps(trainer: Trainer, seconds: float) -> tuple[float, float]:
@@ -215,11 +221,10 @@ def sampling(config: MeasureConfig, device: torch.device) -> dict:
     compiled = step is not None and step is not gpt
     return {
         "dtype": dtype,
-        "compiled": compiled,
         "tokens_per_s": speed,
         "weights_gb": bytes_per_step(gpt) / plan.GB,
         "weights_gb_s": bytes_per_step(gpt) * speed / config.samples / plan.GB,
-        **({"compile_s": first_s} if compiled else {}),
+        **about_compiling(config, compiled, first_s),
         **peak_gb(device),
     }
 

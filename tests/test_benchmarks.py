@@ -136,3 +136,53 @@ def test_a_run_of_the_proxy_is_saved_with_its_changes(bins, tmp_path):
 
 def test_a_change_of_muon_is_refused_for_adamw(bins, tmp_path):
     assert_one_sentence(proxy(bins, "adamw-qwen3", tmp_path / "rows.jsonl", "normuon"), "change Muon")
+
+
+PARTS = [
+    "card", "the night", "the short night", "nanoGPT", "out of memory", "resuming", "sampling", "the first evening",
+    "more training", "switches",
+]  # fmt: skip
+
+
+def test_gpu_measures_every_part_without_a_gpu_and_one_that_fails_is_a_line(tmp_path):
+    data = sorted((ROOT / "data").rglob("*"))
+    result = run("benchmarks/gpu.py", "--device=cpu", "--peer=nowhere", f"--save={tmp_path / 'gpu.json'}")
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert saved.keys() >= {"command", "commit", "date", "machine", "torch", "tiny", "tflops", "copy_gb_s", "parts"}
+    parts = saved["parts"]
+    assert list(parts) == PARTS
+    assert "nowhere/model.py" in parts["nanoGPT"]["peer, first"].pop("failed")
+    for rows in parts.values():
+        for figures in rows.values():
+            assert "failed" not in figures
+            assert figures.get("skipped") in (None, "needs a GPU")
+    for name in ("the night", "the short night", "the first evening", "more training"):
+        own, largest = parts[name].values()
+        assert own["plan_gb"] > 0 and 0 < own["mfu"] < 1 and largest["batch_size"] == 2 * own["batch_size"]
+    assert parts["resuming"]["losses after a stop, resumed"] == {"loss_difference": 0, "iters": 10}  # bit for bit
+    assert parts["sampling"]["8 samples, eager"]["share_of_bandwidth"] > 0
+    assert [name for name, figures in parts["switches"].items() if "gain" in figures] == [
+        "2,048 rows of the head at once",
+        "4,096 rows of the head at once",
+        "residual stream in bfloat16",
+        "as it is, again",
+    ]
+    table = (tmp_path / "gpu.md").read_text()
+    assert table in result.stdout
+    assert table.count("\n| ") == 1 + sum(map(len, parts.values()))  # and the head
+    assert sorted((ROOT / "data").rglob("*")) == data
+
+
+def test_gpu_names_the_parts_that_the_minutes_are_too_short_for(tmp_path):
+    result = run("benchmarks/gpu.py", "--device=cpu", "--minutes=0.01", f"--save={tmp_path / 'gpu.json'}")
+    assert result.returncode == 0, result.stderr
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert list(parts) == PARTS
+    assert all(rows == {"all of it": {"skipped": "not reached in 0.01 minutes"}} for rows in parts.values())
+
+
+def test_gpu_refuses_in_one_sentence(tmp_path):
+    assert_one_sentence(run("benchmarks/gpu.py", "--save=figures.txt"), "must end in .json")
+    if not torch.cuda.is_available():
+        assert_one_sentence(run("benchmarks/gpu.py", "--device=cuda"), "device=cuda is not available here")
