@@ -340,10 +340,10 @@ class Report:
         words = ", ".join(text.format(figures[key]) for key, text in WORDS.items() if key in figures)
         line = f"| {part} | {name} | {words.replace('|', '/')} |\n"
         self.text += line
-        print(line, end="", flush=True)
         write_json(self.path, {**self.about, "parts": self.parts})
         with replacing(self.path.with_suffix(".md"), "w") as file:
             file.write(self.text)
+        print(line, end="", flush=True)
 
 
 if __name__ == "__main__":

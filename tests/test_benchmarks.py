@@ -2,10 +2,12 @@
 
 import json
 import runpy
+import signal
 from pathlib import Path
 
 import torch
-from conftest import ROOT, TINY, assert_one_sentence, run
+from conftest import ROOT, TINY, assert_one_sentence, run, wait_for_line
+from conftest import start as start_script
 
 PEER = '''
 from dataclasses import dataclass
@@ -231,6 +233,16 @@ def test_gpu_names_the_parts_that_the_minutes_are_too_short_for(tmp_path):
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert list(parts) == PARTS
     assert all(rows == {"all of it": {"skipped": "not reached in 0.01 minutes"}} for rows in parts.values())
+
+
+def test_gpu_keeps_what_was_measured_when_it_is_interrupted(tmp_path):
+    process = start_script("benchmarks/gpu.py", "--device=cpu", f"--save={tmp_path / 'gpu.json'}")
+    wait_for_line(process, "| the night | the config's micro-batch")
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert process.stderr.read().count("\n") == 1
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert parts["the night"]["the config's micro-batch"]["tokens_per_s"] > 0
 
 
 def test_gpu_refuses_in_one_sentence(tmp_path):
