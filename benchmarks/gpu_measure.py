@@ -106,7 +106,7 @@ def peak_gb(device: torch.device) -> dict[str, float]:
     """The most memory since the peak was reset; nothing on a CPU, where it is not counted."""
     if device.type != "cuda":
         return {}
-    return {"allocated_gb": peak_memory_gb(device), "reserved_gb": torch.cuda.max_memory_reserved(device) / plan.GB}
+    return dict(zip(("allocated_gb", "reserved_gb"), peak_memory_gb(device)))
 
 
 def training(config: MeasureConfig, device: torch.device) -> dict:
@@ -205,7 +205,7 @@ def sampling(config: MeasureConfig, device: torch.device) -> dict:
     gpt, step = build_model({"model_args": shape, "model": weights}, "random weights", dtype).to(device), None
     if config.compile:
         torch._inductor.config.triton.cudagraphs = True  # as sample.py has it
-        step = compile_model(gpt, device)
+        step = compile_model(gpt)
 
     def seconds_of(new_tokens: int) -> float:
         started = time.perf_counter()
