@@ -10,7 +10,6 @@ little-endian uint16 without a header. After an interruption at any moment, the 
 
 import collections
 import contextlib
-import functools
 import math
 import os
 import shutil
@@ -24,8 +23,8 @@ from pathlib import Path
 
 from onenight.bins import SPLITS, BinsWriter, check_bin, clear_work, is_complete, read_meta
 from onenight.console import set_up_output
-from onenight.files import make_folder
-from onenight.parquet import Batch, Source, find_parquets, fingerprint, open_source, read_batches
+from onenight.files import lock_folder
+from onenight.parquet import Batch, Source, find_parquets, open_source, read_batches, without_copies
 from onenight.tokenizer import EOT, VOCAB_SIZE, encode_documents, read_ranks
 
 import numpy as np
@@ -52,11 +51,6 @@ class PrepareConfig:
     overwrite: bool = setting(False, "replace other bins in out_dir")
     verify: bool = setting(False, "only check the bins in out_dir against meta.json")
 
-    @functools.cached_property
-    def val_ratio(self) -> tuple[int, int]:
-        """val_fraction exactly as written: 0.005 is (1, 200)."""
-        return Fraction(str(self.val_fraction)).as_integer_ratio()
-
 
 @dataclass
 class Tokenized:
@@ -75,15 +69,18 @@ def main(arguments: list[str], checkpoint_s: float = CHECKPOINT_S):
         verify(out_dir)
         return
     read_ranks()  # fails here if the rank file is damaged
-    sources = [open_source(path, config.text_column) for path in find_parquets(config.paths, DEFAULT_FOLDER)]
-    job = describe_job(config, sources)
+    paths = find_parquets(config.paths, DEFAULT_FOLDER)
+    sources = without_copies([open_source(path, config.text_column) for path in paths])
+    # What determines the contents of the bins, JSON: equal jobs give the same bins bit for bit.
+    settings = {key: getattr(config, key) for key in ("text_column", "val_fraction", "max_documents", "max_tokens")}
+    job = {"settings": settings, "sources": [source.fingerprint for source in sources]}
     if is_complete(out_dir, job) and not config.overwrite:
-        clear_work(out_dir)
+        with lock_folder(out_dir):
+            clear_work(out_dir)
         print(f"{out_dir} is complete already: nothing to do (--overwrite prepares it again, --verify checks it)")
         return
-    make_folder(out_dir)
     try:
-        with contextlib.closing(BinsWriter(out_dir, job, COUNTERS, config.overwrite)) as writer:
+        with lock_folder(out_dir), contextlib.closing(BinsWriter(out_dir, job, COUNTERS, config.overwrite)) as writer:
             check_space(config, sources, writer)
             first_token = writer.tokens
             convert(config, sources, writer, checkpoint_s)
@@ -94,21 +91,12 @@ def main(arguments: list[str], checkpoint_s: float = CHECKPOINT_S):
     report(writer.state, lengths, writer.tokens - first_token, time.monotonic() - started)
 
 
-def describe_job(config: PrepareConfig, sources: list[Source]) -> dict:
-    """What determines the contents of the bins, JSON: equal jobs give the same bins bit for bit."""
-    keys = ("text_column", "val_fraction", "max_documents", "max_tokens")
-    settings = {key: getattr(config, key) for key in keys}
-    return {"settings": settings, "sources": [fingerprint(source) for source in sources]}
-
-
 def check_space(config: PrepareConfig, sources: list[Source], writer: BinsWriter):
     """Raises SystemExit if the disk has too little room for what is expected still to be written."""
     rows = sum(source.rows for source in sources)
     tokens = sum(source.text_bytes for source in sources) / BYTES_PER_TOKEN + rows  # one end-of-text each
-    if config.max_documents:
-        tokens *= min(1, config.max_documents / max(rows, 1))
-    if config.max_tokens:
-        tokens = min(tokens, config.max_tokens)
+    tokens *= min(1, (config.max_documents or rows) / max(rows, 1))
+    tokens = min(tokens, config.max_tokens or tokens)
     needed, free = 2 * (tokens - writer.tokens), shutil.disk_usage(writer.out_dir).free
     if needed > free:
         if not writer.tokens:
@@ -172,7 +160,8 @@ def write_within_limits(config: PrepareConfig, writer: BinsWriter, tokenized: To
     tokens = writer.tokens + np.cumsum(tokenized.lengths) - tokenized.lengths
     within = (documents < (config.max_documents or math.inf)) & (tokens < (config.max_tokens or math.inf))
     rows = int(within.sum())
-    lengths, is_document, (share, whole) = tokenized.lengths[:rows], is_document[:rows], config.val_ratio
+    lengths, is_document = tokenized.lengths[:rows], is_document[:rows]
+    share, whole = Fraction(str(config.val_fraction)).as_integer_ratio()  # exactly as written: 0.005 is 1, 200
     is_val = np.array([number * share % whole < share for number in documents[:rows].tolist()], dtype=bool)
     id_is_val = np.repeat(is_val, lengths)
     ids = tokenized.ids[: len(id_is_val)]
@@ -187,12 +176,13 @@ def write_within_limits(config: PrepareConfig, writer: BinsWriter, tokenized: To
 def compare_counts(state: dict, batch: Batch, lengths: np.ndarray):
     """Compares with the file's own token_count: prints the first ten differences, counts all."""
     expected, found = batch.token_counts[: len(lengths)], np.maximum(lengths - 1, 0)  # without end-of-text
-    for i in np.flatnonzero((expected >= 0) & (expected != found)):
+    compared = ~np.isnan(expected)
+    for i in np.flatnonzero(compared & (expected != found)):
         state["token_counts_differing"] += 1
         if state["token_counts_differing"] <= 10:
             where = f"{batch.source.path}: row group {batch.row_group}, row {batch.row + i}"
-            print(f"{where}: {found[i]} tokens, but token_count is {expected[i]}")
-    state["token_counts_compared"] += int((expected >= 0).sum())
+            print(f"{where}: {found[i]} tokens, but token_count is {expected[i]:.15g}")
+    state["token_counts_compared"] += int(compared.sum())
 
 
 class Progress:

@@ -10,6 +10,7 @@ Trains a GPT on data/<dataset>/{train,val}.bin.
 Writes out_dir/ckpt.pt, best.pt, metrics.jsonl and loss.png. Ctrl-C, SIGTERM and closing the terminal save and stop.
 """
 
+import contextlib
 import sys
 import time
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from pathlib import Path
 from onenight.checkpoint import BEST, LATEST, PREVIOUS, check_space, has_checkpoint, load_latest, save_checkpoint
 from onenight.console import StopSignal, set_up_output
 from onenight.device import Ranks, measure_tflops, peak_memory_gb, set_up_device, start_ranks
-from onenight.files import duration, make_folder
+from onenight.files import duration, lock_folder
 from onenight.hours import decide_length, open_ended
 from onenight.metrics import SAVE_S, Metrics, Pace, start_wandb
 from onenight.optimizer import learning_rates, schedule
@@ -71,7 +72,8 @@ def main(arguments: list[str]):
     elif progress.iter_num >= trainer.config.max_iters and progress.evaluated_iter == progress.iter_num:
         print(f"this run is finished (iter {progress.iter_num:,}); a larger --max_iters would extend it")
     else:
-        run(trainer, Pace(trainer, ceiling, started), out_dir)
+        with lock_folder(out_dir) if ranks.is_first else contextlib.nullcontext():
+            run(trainer, Pace(trainer, ceiling, started), out_dir)
     ranks.stop()
 
 
@@ -100,7 +102,6 @@ def run(trainer: Trainer, pace: Pace, out_dir: Path):
     """Opens the output files, trains, and prints how it ended."""
     config, metrics = trainer.config, None
     if trainer.ranks.is_first:  # the other processes write nothing
-        make_folder(out_dir)
         check_space(out_dir, trainer.model.get_num_params(non_embedding=False))
         wandb_run = None
         if config.wandb_log:

@@ -18,6 +18,10 @@ import numpy as np
 
 SPLITS = ("train", "val")
 CHUNK = 1 << 23  # tokens read at once
+COUNT = range(1 << 60)
+STATE = {"rows": COUNT, **{split: {"tokens": COUNT, "documents": COUNT, "sha256": str} for split in SPLITS}}
+JOB = {"settings": {}, "sources": [{"file": str}]}
+META = {"vocab_size": range(1, 1 + (1 << 16)), **JOB, **STATE}
 
 
 class BinsWriter:
@@ -30,7 +34,7 @@ class BinsWriter:
         self.out_dir, self.job = out_dir, job
         self.journal = out_dir / "prepare.json"
         self.state = {"rows": 0, **{split: {"tokens": 0, "documents": 0} for split in SPLITS}, **counters}
-        earlier = read_json(self.journal)
+        earlier = read_json(self.journal, {"job": JOB, "state": STATE})
         if earlier.get("job") == job and self._matches_files(earlier["state"]):
             self.state = earlier["state"]
         else:
@@ -132,7 +136,7 @@ def is_complete(out_dir: Path, job: dict) -> bool:
     meta = read_meta(out_dir)
     if any(meta.get(key) != job[key] for key in job):
         return False
-    bins = [(out_dir / f"{split}.bin", 2 * meta[split]["tokens"]) for split in SPLITS]
+    bins = [(out_dir / f"{split}.bin", 2 * meta.get(split, {}).get("tokens", -1)) for split in SPLITS]
     return all(path.exists() and path.stat().st_size == size for path, size in bins)
 
 
@@ -182,4 +186,4 @@ def check_bin(path: Path, tokens: int, documents: int, sha256: str | None = None
 
 def read_meta(data_dir: Path) -> dict:
     """meta.json; {} if there is none, as in nanoGPT's own data folders. Raises SystemExit if it cannot be read."""
-    return read_json(data_dir / "meta.json")
+    return read_json(data_dir / "meta.json", META)

@@ -1,32 +1,40 @@
 """Reading train.bin and val.bin: windows of block_size tokens, for training in a seeded order that takes each window
 once per epoch, for evaluation in one fixed pass."""
 
+import string
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from onenight.bins import CHUNK, read_meta
 from onenight.device import Ranks
 from onenight.files import where
+from onenight.tokenizer import EOT, VOCAB_SIZE
 
 import numpy as np
 import torch
 
 from model import IGNORED
 
+MAKE = "python prepare_single_parquet.py FILE.parquet --out_dir="
+LLM_C = (20240520).to_bytes(4, "little")  # how a bin of llm.c begins
+NUMPY = b"\x93NUMPY"
+
 
 def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np.memmap:
     """The tokens of one split, uint16 (tokens,), read from the disk as they are used. Raises SystemExit if the file is
-    missing, not a whole number of tokens, not of the size in meta.json, too short for a window, or has ids that the
-    model's vocabulary lacks (on a GPU those would end in an assertion that names nothing)."""
-    path = data_dir / f"{split}.bin"
-    if not path.exists():
-        raise SystemExit(
-            f"{path}: no such file{where(path)}; make it: python prepare_single_parquet.py FILE --out_dir={data_dir}"
-        )
-    size = path.stat().st_size
+    missing, of another format, not a whole number of tokens, not of the size in meta.json, too short for a window, or
+    has ids that the model's vocabulary lacks (on a GPU those would end in an assertion that names nothing)."""
+    path, meta = data_dir / f"{split}.bin", read_meta(data_dir)
+    try:
+        size, start = path.stat().st_size, np.fromfile(path, np.uint8, 1 << 16)
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: no such file{where(path)}; make it: {MAKE}{data_dir}")
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read ({error.strerror})")
+    refuse_other_formats(path, start, meta)
     if size % 2:
         raise SystemExit(f"{path}: {size} bytes is not a whole number of uint16 tokens; prepare it again")
-    expected = read_meta(data_dir).get(split, {}).get("tokens", size // 2)
+    expected = meta.get(split, {}).get("tokens", size // 2)
     if expected != size // 2:
         raise SystemExit(f"{path}: {size // 2:,} tokens, but meta.json says {expected:,}; prepare it again")
     if expected <= block_size:
@@ -35,10 +43,31 @@ def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np
             f"prepare more documents{', or a larger val_fraction' if split == 'val' else ''}, or lower block_size"
         )
     tokens = np.memmap(path, "<u2", "r")
-    largest = max(int(tokens[start : start + CHUNK].max()) for start in range(0, len(tokens), CHUNK))
+    chunks = [tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK)]
+    largest = max(int(chunk.max()) for chunk in chunks)
     if largest >= vocab_size:
         raise SystemExit(f"{path}: holds id {largest}, but the model's vocab_size is {vocab_size}; wrong file?")
+    if split == "train" and meta.get("vocab_size", VOCAB_SIZE) == VOCAB_SIZE:
+        if not chunks[0][1::2].any():
+            print(f"{path}: every second id is 0: uint32? Then np.fromfile(OLD, '<u4').astype('<u2').tofile(NEW) helps")
+        elif not any((chunk == EOT).any() for chunk in chunks):
+            print(f"{path}: no end-of-text ({EOT}), and the largest id is {largest:,}: are these GPT-2's ids?")
     return tokens
+
+
+def refuse_other_formats(path: Path, start: np.ndarray, meta: dict):
+    """Raises SystemExit if the file, which starts with these bytes, certainly holds no ids of GPT-2."""
+    encoding, again = meta.get("encoding", "gpt2"), f"make it again: {MAKE}{path.parent}"
+    printable = np.isin(start, list(string.printable.encode())).sum()
+    for is_so, what in (
+        (encoding != "gpt2", f"holds ids of {encoding!r}, as meta.json says, not GPT-2's; {again}"),
+        (not meta and path.with_name("meta.pkl").exists(), f"holds ids of meta.pkl, not GPT-2's; {again}"),
+        (printable > 0.95 * len(start), f"holds text, not ids; {again}"),
+        (start[:4].tobytes() == LLM_C, "begins with llm.c's header; cut it off: tail -c +1025 OLD > NEW"),
+        (start[:6].tobytes() == NUMPY, "was written by np.save; np.load(OLD).astype('<u2').tofile(NEW) helps"),
+    ):
+        if is_so:
+            raise SystemExit(f"{path}: {what}")
 
 
 class TrainWindows:

@@ -4,9 +4,12 @@ that all scripts use for errors and durations."""
 import contextlib
 import json
 import os
+import socket
 import tempfile
 import time
 from pathlib import Path
+
+import filelock
 
 
 @contextlib.contextmanager
@@ -55,17 +58,56 @@ def make_folder(path: Path):
         raise SystemExit(f"{path}: cannot be written to ({error.strerror})") from None
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; {} if there is no such file. Raises SystemExit if it cannot be read."""
+@contextlib.contextmanager
+def lock_folder(folder: Path):
+    """Makes the folder, and lets no other process in here until the block ends or this process does, however it ends:
+    the system's lock counts, not its file. Raises SystemExit if another has it, or the folder cannot be written to."""
+    make_folder(folder)
+    lock, holder = filelock.FileLock(folder / "lock"), folder / "lock.txt"  # Windows lets nobody read a locked file
+    try:
+        lock.acquire(timeout=0)
+        holder.write_text(f"(process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M')}) ")
+    except filelock.Timeout:
+        who = holder.read_text() if os.access(holder, os.R_OK) else ""
+        raise SystemExit(f"{folder}: another run {who}is writing there; wait for it, or choose another --out_dir")
+    except (OSError, NotImplementedError) as error:  # some network disks have no locks
+        reason = getattr(error, "strerror", None) or first_line(error)
+        print(f"{folder}: cannot be locked ({reason}), so start no second run there")
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                holder.unlink()
+                os.unlink(folder / "lock")  # while it is held, so that nobody else's is lost; Windows does it below
+            lock.release()
+
+
+def read_json(path: Path, shape: dict | None = None) -> dict:
+    """The JSON object in a file; {} if there is no such file. Raises SystemExit if it cannot be read, or a key that is
+    in `shape` does not fit."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
+        for key, wanted in (shape or {}).items():
+            if key in content and not fits(content[key], wanted):
+                raise ValueError(f"{key} cannot be {json.dumps(content[key]):.60}")
         return content
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{path}: cannot be read ({error}); delete it and prepare again") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise SystemExit(f"{path}: cannot be read ({error}); correct it, or delete it and prepare again") from None
+
+
+def fits(value, shape) -> bool:
+    """Whether a JSON value has a shape: a type, a range, a list of one shape, or a dict of shapes by key (of which any
+    may be missing)."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(fits(value[key], shape[key]) for key in value.keys() & shape.keys())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    return type(value) is int and value in shape if isinstance(shape, range) else isinstance(value, shape)
 
 
 def write_json(path: Path, content: dict):

@@ -1,7 +1,10 @@
 """Documents from parquet files, a few at a time: row group by row group, and no column but the text and token_count."""
 
+import functools
+import glob
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,18 @@ class Source:
     text_bytes: int  # of the text column, uncompressed
     columns: list[str]  # to read: the text, and token_count if there is one
 
+    @functools.cached_property
+    def fingerprint(self) -> dict:
+        """What distinguishes this file from any other, JSON; the sha256 is the one that Hugging Face shows for it."""
+        digest = hashlib.sha256()
+        try:
+            with open(self.path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                return {"file": self.path.name, "bytes": file.tell(), "rows": self.rows, "sha256": digest.hexdigest()}
+        except OSError as error:
+            raise SystemExit(f"{self.path}: cannot be read ({error.strerror})") from None
+
 
 @dataclass
 class Batch:
@@ -37,51 +52,79 @@ class Batch:
     row_group: int
     row: int  # of the first one, in its row group
     documents: pa.LargeBinaryArray  # the bytes as they are in the file, or null
-    token_counts: np.ndarray  # of each row as the file says, -1 where it does not, int64
+    token_counts: np.ndarray  # of each row as the file says, nan where it does not, float64
 
 
-def find_parquets(paths: list[str], default: Path) -> list[Path]:
-    """The files named, and those in the folders named (sorted), in that order. Raises SystemExit if there are none."""
+def find_parquets(names: list[str], default: Path) -> list[Path]:
+    """The files named or matching a pattern, and those in or below the folders named (sorted), in that order. Raises
+    SystemExit if there are none, or one is missing."""
     found = []
-    for path in map(Path, paths or [default]):
+    for name in names or [str(default)]:
+        if re.match(r"\w\w+://", name):
+            url = re.sub("^hf://(datasets/[^/]+/[^/]+)", r"https://huggingface.co/\1/resolve/main", name)
+            target = default / url.split("?")[0].split("/")[-1]
+            raise SystemExit(f"{name}: no file; download it first: curl -L -C - --create-dirs -o {target} {url}")
+        matching = [] if os.path.lexists(name) else sorted(glob.glob(name))  # Windows leaves patterns to the program
+        for path in map(Path, matching or [name]):
+            found += parquets_below(path) if os.path.isdir(path) else [path]
+    for path in found:
         try:
-            if path.is_dir():
-                inside = sorted(path.glob("*.parquet"))
-                if not inside:
-                    raise SystemExit(f"{path}: no .parquet file in this folder")
-                found += inside
-            elif path.exists():
-                found.append(path)
-            else:
-                near = nearest(path.name, [other.name for other in path.parent.glob("*.parquet")])
-                raise SystemExit(f"{path}: no such file or folder{where(path)}{near}")
+            path.stat()
+        except FileNotFoundError:
+            near = nearest(path.name, [other.name for other in path.parent.glob("*.parquet") if other.exists()])
+            link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+            raise SystemExit(f"{path}{link}: no such file or folder{where(path)}{near}") from None
         except OSError as error:
             raise SystemExit(f"{path}: cannot be read ({error.strerror})") from None
+    return found
+
+
+def parquets_below(folder: Path) -> list[Path]:
+    """The parquet files in the folder and those in it, sorted; not those whose path has a name that begins with a dot,
+    as downloads' .cache and macOS's companions ._NAME do. Raises SystemExit if there are none."""
+    inside = [Path(path) for path in glob.glob(os.path.join(glob.escape(str(folder)), "**", "*"), recursive=True)]
+    found = sorted(path for path in inside if path.suffix.lower() == ".parquet" and not path.is_dir())
+    if not found:
+        raise SystemExit(f"{folder}: no .parquet file in this folder")
     return found
 
 
 def open_source(path: Path, text_column: str) -> Source:
     """Reads the footer. Raises SystemExit if it is not a whole parquet file, or has no text in `text_column`."""
     try:
-        with pq.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
-            sizes = [text_bytes(file.metadata.row_group(i), text_column) for i in range(file.num_row_groups)]
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            schema, columns = file.schema_arrow, [text_column]
+            if schema.names.count(text_column) != 1:
+                names = ", ".join(schema.names) or "none at all"
+                raise SystemExit(
+                    f"{path}: needs one column '{text_column}', but has {names}; name another with --text_column="
+                )
+            if not is_text(kind := schema.field(text_column).type):
+                raise SystemExit(
+                    f"{path}: column '{text_column}' holds {kind}, not text; name another with --text_column="
+                )
+            count = schema.field("token_count").type if schema.names.count("token_count") == 1 else pa.null()
+            if pa.types.is_integer(count) or pa.types.is_floating(count):  # pandas makes floats of them if one is null
+                columns.append("token_count")
+            next(file.iter_batches(1, columns=columns), None)  # if encrypted, this raises; the next line would abort
+            sizes = [text_bytes(file, row_group, text_column) for row_group in range(file.num_row_groups)]
+            return Source(path, file.metadata.num_rows, sum(sizes), columns)
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno:
             raise SystemExit(f"{path}: cannot be read ({os.strerror(error.errno)})") from None
+        if re.search("Cannot decrypt|encrypted metadata", str(error)):
+            raise SystemExit(f"{path}: encrypted ({first_line(error)}); write it again without encryption") from None
         raise SystemExit(f"{path}: not a whole parquet file ({first_line(error)}); download it again?") from None
-    if schema.names.count(text_column) != 1:
-        raise SystemExit(
-            f"{path}: needs one column '{text_column}', but has {', '.join(schema.names) or 'none at all'}; "
-            f"name another with --text_column="
-        )
-    kind = schema.field(text_column).type
-    if not is_text(kind):
-        raise SystemExit(f"{path}: column '{text_column}' holds {kind}, not text; name another with --text_column=")
-    columns = [text_column]
-    if schema.names.count("token_count") == 1 and pa.types.is_integer(schema.field("token_count").type):
-        columns.append("token_count")
-    return Source(path, rows, sum(sizes), columns)
+
+
+def without_copies(sources: list[Source]) -> list[Source]:
+    """Each content once, because a copy would put the documents of val.bin into train.bin as well."""
+    first = {}
+    for source in sources:
+        same = first.setdefault(source.fingerprint["sha256"], source)
+        if same is not source:
+            print(f"{source.path}: skipped, because it has the same content as {same.path}")
+    return list(first.values())
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -90,19 +133,6 @@ def is_text(kind: pa.DataType) -> bool:
         kind = kind.value_type
     texts = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
     return kind in texts
-
-
-def fingerprint(source: Source) -> dict:
-    """What distinguishes this file from any other, JSON; the sha256 is the one that Hugging Face shows for it."""
-    digest = hashlib.sha256()
-    try:
-        with open(source.path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-            size = file.tell()
-    except OSError as error:
-        raise SystemExit(f"{source.path}: cannot be read ({error.strerror})") from None
-    return {"file": source.path.name, "bytes": size, "rows": source.rows, "sha256": digest.hexdigest()}
 
 
 def read_batches(sources: list[Source], first_row: int = 0):
@@ -125,7 +155,8 @@ def read_row_group(file: pq.ParquetFile, source: Source, row_group: int, first_r
     """Yields the Batches of one row group, from its row `first_row` on."""
     text_column = source.columns[0]
     group = file.metadata.row_group(row_group)
-    step = max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(text_bytes(group, text_column), 1)))
+    size = text_bytes(file, row_group, text_column)
+    step = max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(size, 1)))
     # A dictionary column is read all at once: its rows are indices, and Arrow copies the dictionary for each batch.
     is_dictionary = pa.types.is_dictionary(file.schema_arrow.field(text_column).type)
     read_rows, row = group.num_rows if is_dictionary else step, 0
@@ -133,14 +164,14 @@ def read_row_group(file: pq.ParquetFile, source: Source, row_group: int, first_r
         for start in range(max(first_row - row, 0), len(table), step):
             rows = table.slice(start, step)
             documents = rows.column(text_column).cast(pa.large_binary())
-            counts = np.full(len(rows), -1)
+            counts = np.full(len(rows), np.nan)
             if "token_count" in source.columns:
-                counts = rows.column("token_count").cast(pa.int64()).fill_null(-1).to_numpy()
+                counts = rows.column("token_count").cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
             yield Batch(source, row_group, row + start, documents, counts)
         row += len(table)
 
 
-def text_bytes(group: pq.RowGroupMetaData, text_column: str) -> int:
+def text_bytes(file: pq.ParquetFile, row_group: int, text_column: str) -> int:
     """Size of the column in this row group, uncompressed (though repeated texts may count once)."""
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == text_column)
+    paths = [file.schema.column(i).path for i in range(len(file.schema))]
+    return file.metadata.row_group(row_group).column(paths.index(text_column)).total_uncompressed_size

@@ -137,13 +137,13 @@ def start_training(bins, out_dir, **changes):
     return start("train.py", *(f"--{key}={value}" for key, value in settings.items()))
 
 
-def start(script, *args, cwd=None):
+def start(script, *args, cwd=None, stdin=None):
     """Starts a script of the project, or another program (a list): a Popen whose lines come as they are printed."""
     command = [*script] if isinstance(script, list) else [ROOT / script]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, *map(str, [*command, *args])]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env, "cwd": cwd}
-    process = subprocess.Popen(command, **options, preexec_fn=hear_signals if os.name == "posix" else None)
+    process = subprocess.Popen(command, stdin=stdin, **options, preexec_fn=hear_signals if os.name == "posix" else None)
     STARTED.append(process)
     return process
 

@@ -245,9 +245,10 @@ def test_complete_bins_are_left_alone_and_other_ones_are_not_lost(source, prepar
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out_dir.iterdir()}
     assert "complete already" in run(PREPARE, source, f"--out_dir={out_dir}").stdout
     changed = write_parquet(tmp_path / "source.parquet", [*TEXTS[:-1], "another last text"])
+    other = write_parquet(tmp_path / "other.parquet", ["a", "b"])
     for arguments, words in {
         (source, "--val_fraction=0.01"): "val_fraction 0.005, now 0.01",
-        (source, source): "other files",
+        (source, other): "other files",
         (changed,): "the same files before they were changed (source.parquet)",
     }.items():
         result = run(PREPARE, *arguments, f"--out_dir={out_dir}")
