@@ -25,7 +25,7 @@ from onenight.console import set_up_output
 from onenight.device import DTYPES, compile_model, is_out_of_memory, set_up_device
 from onenight.generate import Sampling, draw_uniforms, generate
 from onenight.pretrained import build_model, resolve_checkpoint
-from onenight.tokenizer import EOT, encode_prompt, get_encoding
+from onenight.tokenizer import EOT, EOT_TEXT, encode_document, get_encoding
 
 import torch
 
@@ -107,7 +107,7 @@ def ask() -> Iterator[str]:
 def write_samples(model: GPT, step, config: SampleConfig, dtype: str, start: str, samples: range):
     """Writes samples of one prompt to stdout, drawn all at once, or as many at once as fit in memory. Raises SystemExit
     if not even one does."""
-    prompt = encode_prompt(start)
+    prompt = [id for part in start.split(EOT_TEXT) for id in (EOT, *encode_document(part).tolist())][1:] or [EOT]
     block_size = model.config.block_size
     if len(prompt) + config.max_new_tokens > block_size:
         say_once(f"the model sees {block_size} tokens; then it continues from the last {max(1, block_size // 2)}")

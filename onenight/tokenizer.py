@@ -71,11 +71,6 @@ def encode_document(text: str) -> np.ndarray:
         return np.concatenate([encode(text[start:end]) for start, end in zip([0, *cuts], [*cuts, None])])
 
 
-def encode_prompt(text: str) -> list[int]:
-    """The ids of a prompt: as encode_document, but <|endoftext|> is the special token; it alone for an empty text."""
-    return [id for part in text.split(EOT_TEXT) for id in (EOT, *encode_document(part).tolist())][1:] or [EOT]
-
-
 def encode_documents(documents: list[bytes]) -> np.ndarray:
     """The ids of the documents (UTF-8), each followed by end-of-text: uint16, shape (tokens,). One call of tiktoken for
     all of them, so that threads seldom wait for Python's lock. Bytes that are not UTF-8 become U+FFFD."""

@@ -184,10 +184,14 @@ def test_a_prompt_of_three_million_spaces(tmp_path):
     assert result.stdout.startswith(prompt)
 
 
-def test_end_of_text_in_a_prompt_is_the_token(tmp_path):
-    """A prompt that begins with it is the same as the empty one, but that the text shows it."""
+def test_end_of_text_in_a_prompt_is_the_token(tmp_path, monkeypatch):
     save(tmp_path)
-    assert sample(tmp_path, f"--start={EOT_TEXT}").stdout == EOT_TEXT + sample(tmp_path, "--start=").stdout
+    prompts = []
+    monkeypatch.setattr("sample.generate", lambda model, prompt, *_: prompts.append(prompt) or iter(()))
+    texts = ["", EOT_TEXT, f"So{EOT_TEXT}{EOT_TEXT} it's", f"{EOT_TEXT}So\n"]
+    for text in texts:
+        sample(tmp_path, f"--start={text}")
+    assert prompts == [[EOT], *(get_encoding().encode(text, allowed_special="all") for text in texts[1:])]
 
 
 def test_interactive(tmp_path):

@@ -2,15 +2,7 @@
 
 import inspect
 
-from onenight.tokenizer import (
-    EOT,
-    RANKS_SHA256,
-    VOCAB_SIZE,
-    encode_document,
-    encode_documents,
-    encode_prompt,
-    get_encoding,
-)
+from onenight.tokenizer import EOT, RANKS_SHA256, VOCAB_SIZE, encode_document, encode_documents, get_encoding
 
 import numpy as np
 import pytest
@@ -63,12 +55,6 @@ def test_documents_are_what_tiktoken_gives_for_each(texts):
     assert [encode_document(text).tolist() for text in texts] == list(map(GPT2.encode_ordinary, texts))
 
 
-@settings(max_examples=300, deadline=None)
-@given(TEXTS)
-def test_in_a_prompt_end_of_text_is_the_token(text):
-    assert encode_prompt(text) == GPT2.encode(text, allowed_special="all")
-
-
 def test_bytes_that_are_no_utf8_become_replacement_characters():
     expected = GPT2.encode_ordinary("caf\ufffd \ufffd\ufffd!")
     assert encode_documents([b"caf\xe9 \xff\xfe!"]).tolist() == [*expected, EOT]
@@ -83,7 +69,6 @@ def test_two_million_spaces_then_text(space):
     expected = [id for piece in pieces for id in GPT2.encode_ordinary(piece)]
     assert encode_document(text).tolist() == expected
     assert encode_documents([b"before", text.encode()]).tolist() == [19052, EOT, *expected, EOT]
-    assert encode_prompt(f"before<|endoftext|>{text}") == [19052, EOT, *expected]
     if space == " ":  # each space is a token, and the last one belongs to the word: no trace of the cuts
         assert expected == [220] * 1_999_999 + [23748]
 
