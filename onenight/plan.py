@@ -87,13 +87,15 @@ def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer="adamw", c
     saved += (3 if shape.parts.gated else 2) * narrow * shape.mlp_width / shape.n_embd
     saved += 0 if compiled else EAGER[shape.architecture]
     tokens = batch_size * shape.block_size
-    head_weight, chunk = shape.vocab_size * shape.n_embd, min(CHUNK_ROWS, tokens) * shape.vocab_size
+    # The head's logits and their gradient; without torch.compile half as many rows, and also in float32.
+    head_weight, rows = shape.vocab_size * shape.n_embd, min(CHUNK_ROWS // (1 if compiled else 2), tokens)
+    row = shape.vocab_size * (2 * narrow + (0 if compiled else wide))
     return {
         "weights": wide * parameters,
         "gradients": wide * parameters,
         "optimizer": wide * (2 * parameters - (matrices if optimizer == "muon" else 0)),  # Muon has one moment
         "activations": tokens * shape.n_layer * saved * shape.n_embd + (narrow * matrices if narrow < wide else 0),
-        "head": chunk * (wide + 2 * narrow) + head_weight * (wide + narrow) + 2 * tokens * shape.n_embd * narrow,
+        "head": rows * row + head_weight * (wide + narrow) + 2 * tokens * shape.n_embd * narrow,
     }
 
 

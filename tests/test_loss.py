@@ -152,11 +152,11 @@ def test_the_logits_never_exist_as_a_whole():
 
     def largest(loss_function):
         with Largest() as mode:
-            loss_and_gradients(loss_function, *example(3 * CHUNK_ROWS))
+            loss_and_gradients(loss_function, *example(3 * CHUNK_ROWS // 2))
         return mode.numel
 
-    assert largest(ordinary) == 3 * CHUNK_ROWS * V
-    assert largest(linear_cross_entropy) == CHUNK_ROWS * V
+    assert largest(ordinary) == 3 * CHUNK_ROWS // 2 * V
+    assert largest(linear_cross_entropy) == CHUNK_ROWS // 2 * V
 
 
 # ---- compiled: into one graph, since a break in it would cost the model its speed
@@ -178,6 +178,7 @@ def test_traced_for_the_compiler_it_is_the_same_in_bfloat16_and_without_gradient
     eager = loss_and_gradients(autocast(linear_cross_entropy), *arguments)
     for ours, theirs in zip(loss_and_gradients(autocast(traced), *arguments), eager):
         assert ours.dtype == torch.float32
-        assert error(ours, theirs) < 1e-6  # the same kernels
+        # The weight's gradient is a sum of products rounded to bfloat16, here of chunks of another size.
+        assert error(ours, theirs) < (BF16 if ours.dim() else 1e-6)
     with torch.no_grad():
         assert error(autocast(traced)(*arguments), eager[0]) < 1e-6
