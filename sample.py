@@ -23,7 +23,7 @@ from pathlib import Path
 from onenight.checkpoint import newest_run
 from onenight.console import set_up_output
 from onenight.device import DTYPES, compile_model, is_out_of_memory, set_up_device
-from onenight.generate import Sampling, draw_uniforms, generate
+from onenight.generate import Sampling, draw_uniforms, generate, pack_matrices
 from onenight.pretrained import build_model, resolve_checkpoint
 from onenight.tokenizer import EOT, EOT_TEXT, encode_document, get_encoding
 
@@ -67,6 +67,8 @@ def main(arguments: list[str]):
         if compiled:
             torch._inductor.config.triton.cudagraphs = True  # on a GPU: one launch per token instead of hundreds
             step = compile_model(model)
+        elif device.type == "cpu":
+            pack_matrices(model, 1 if config.interactive else config.num_samples)
     try:
         prompts = ask() if config.interactive else [read_prompt(config.start)]
         for number, prompt in enumerate(prompts):

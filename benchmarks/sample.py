@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import GPT2_SHAPE, RESULTS, bytes_per_step, circumstances, make_peer
 from onenight.device import autocast, choose_device, compile_model, use_tf32
-from onenight.generate import Sampling, draw_uniforms, generate
+from onenight.generate import Sampling, draw_uniforms, generate, pack_matrices
 from onenight.pretrained import build_model, resolve_checkpoint
 
 import torch
@@ -47,10 +47,10 @@ def main():
         peer = make_peer(args.peer, GPT2_SHAPE)
         peer.load_state_dict(weights)
         peer.eval().to(device)
-    bandwidth = read_bandwidth(device)
+    bandwidth, step_bytes = read_bandwidth(device), bytes_per_step(ours)
     speeds = race(ours, peer, args, device)
     bandwidth = max(bandwidth, read_bandwidth(device))
-    report(speeds, bytes_per_step(ours), bandwidth, args)
+    report(speeds, step_bytes, bandwidth, args)
 
 
 def race(ours: GPT, peer, args, device: torch.device) -> dict[str, list[float]]:
@@ -59,6 +59,8 @@ def race(ours: GPT, peer, args, device: torch.device) -> dict[str, list[float]]:
     if args.compile:
         torch._inductor.config.triton.cudagraphs = True
         step = compile_model(ours)
+    elif device.type == "cpu":
+        pack_matrices(ours, AT_ONCE)
     found, peer_s, ids = (
         {"ours, 1 sample": [], f"ours, {AT_ONCE} samples": []},
         0.0,

@@ -30,6 +30,19 @@ def draw_uniforms(seed: int, samples: range, n_tokens: int) -> torch.Tensor:
     return torch.tensor(np.stack([np.random.default_rng((seed, sample)).random(n_tokens) for sample in samples]))
 
 
+def pack_matrices(model: GPT, rows: int):
+    """Stores the matrices in the layout in which oneDNN multiplies `rows` rows fastest, if this CPU has AVX-512: see
+    benchmarks/LOG.md. Only the head keeps its plain matrix too, which may be that of the embeddings."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return
+    multiply = torch.ops.mkldnn._linear_pointwise
+    for linear in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
+        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        linear.forward = lambda x, w=weight, b=linear.bias: multiply(x.to(w.dtype), w, b, "none", [], "")
+        if linear is not model.lm_head:
+            linear.weight = None
+
+
 @torch.no_grad()
 def generate(model: GPT, prompt: list[int], uniforms, sampling: Sampling, dtype: str, step=None) -> Iterator[list[int]]:
     """Continues the prompt once for each row of `uniforms`, by as many tokens as it has columns; yields the new ids of

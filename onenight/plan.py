@@ -89,7 +89,7 @@ def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer="adamw", c
     tokens = batch_size * shape.block_size
     # The head's logits and their gradient; without torch.compile half as many rows, and also in float32.
     head_weight, rows = shape.vocab_size * shape.n_embd, min(CHUNK_ROWS // (1 if compiled else 2), tokens)
-    row = shape.vocab_size * (2 * narrow + (0 if compiled else wide))
+    row = shape.vocab_size * (narrow + (narrow if compiled else wide))
     return {
         "weights": wide * parameters,
         "gradients": wide * parameters,

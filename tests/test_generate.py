@@ -1,7 +1,7 @@
 """generate.py against generation without a cache, and against transformers' choice of tokens."""
 
 from onenight.device import autocast
-from onenight.generate import Sampling, decode, draw, draw_uniforms, generate, penalize, prefill
+from onenight.generate import Sampling, decode, draw, draw_uniforms, generate, pack_matrices, penalize, prefill
 
 import pytest
 import torch
@@ -115,6 +115,19 @@ def test_the_compiled_step_sees_one_shape_only():
     assert set(step.calls) == {(2, 1, 2, 32)}
     compiled = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)  # traced, and not made machine code
     assert generated(model, [1, 2, 3], draw_uniforms(0, range(2), 80), Sampling(), step=compiled) == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_matrices_give_the_same_text(architecture):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU keeps the matrices as they are")
+    model = make_model(block_size=64, architecture=architecture)
+    expected, margin = greedy_without_cache(model, [1, 2, 3], 80)
+    assert margin > 1e-4  # sums in another order differ by less
+    before = sum(parameter.numel() for parameter in model.parameters())
+    pack_matrices(model, rows=2)
+    assert sum(parameter.numel() for parameter in model.parameters()) < before / 2  # no second copy
+    assert generated(model, [1, 2, 3], draw_uniforms(0, range(2), 80)) == [expected, expected]
 
 
 def test_in_bfloat16_as_without_the_cache():
