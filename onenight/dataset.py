@@ -15,9 +15,7 @@ import torch
 
 from model import IGNORED
 
-MAKE = "python prepare_single_parquet.py FILE.parquet --out_dir="
-LLM_C = (20240520).to_bytes(4, "little")  # how a bin of llm.c begins
-NUMPY = b"\x93NUMPY"
+MAKE = "make it: python prepare_single_parquet.py FILE.parquet --out_dir="
 
 
 def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np.memmap:
@@ -26,11 +24,9 @@ def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np
     has ids that the model's vocabulary lacks (on a GPU those would end in an assertion that names nothing)."""
     path, meta = data_dir / f"{split}.bin", read_meta(data_dir)
     try:
-        size, start = path.stat().st_size, np.fromfile(path, np.uint8, 1 << 16)
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file{where(path)}; make it: {MAKE}{data_dir}")
+        size, start = path.stat().st_size, np.fromfile(path, np.uint8, 1 << 16).tobytes()
     except OSError as error:
-        raise SystemExit(f"{path}: cannot be read ({error.strerror})")
+        raise SystemExit(f"{path}: cannot be read ({error.strerror}){where(path)}; {MAKE}{data_dir}")
     refuse_other_formats(path, start, meta)
     if size % 2:
         raise SystemExit(f"{path}: {size} bytes is not a whole number of uint16 tokens; prepare it again")
@@ -55,16 +51,16 @@ def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np
     return tokens
 
 
-def refuse_other_formats(path: Path, start: np.ndarray, meta: dict):
-    """Raises SystemExit if the file, which starts with these bytes, certainly holds no ids of GPT-2."""
-    encoding, again = meta.get("encoding", "gpt2"), f"make it again: {MAKE}{path.parent}"
-    printable = np.isin(start, list(string.printable.encode())).sum()
+def refuse_other_formats(path: Path, start: bytes, meta: dict):
+    """Raises SystemExit if the file, which starts so, certainly holds no ids of GPT-2."""
+    encoding, again = meta.get("encoding", "gpt2"), f"{MAKE}{path.parent}"
+    unprintable = len(start.translate(None, string.printable.encode()))
     for is_so, what in (
         (encoding != "gpt2", f"holds ids of {encoding!r}, as meta.json says, not GPT-2's; {again}"),
         (not meta and path.with_name("meta.pkl").exists(), f"holds ids of meta.pkl, not GPT-2's; {again}"),
-        (printable > 0.95 * len(start), f"holds text, not ids; {again}"),
-        (start[:4].tobytes() == LLM_C, "begins with llm.c's header; cut it off: tail -c +1025 OLD > NEW"),
-        (start[:6].tobytes() == NUMPY, "was written by np.save; np.load(OLD).astype('<u2').tofile(NEW) helps"),
+        (unprintable < 0.05 * len(start), f"holds text, not ids; {again}"),
+        (start[:4] == (20240520).to_bytes(4, "little"), "has llm.c's header; cut it off: tail -c +1025 OLD > NEW"),
+        (start[:6] == b"\x93NUMPY", "was written by np.save; np.load(OLD).astype('<u2').tofile(NEW) helps"),
     ):
         if is_so:
             raise SystemExit(f"{path}: {what}")

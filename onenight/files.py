@@ -71,8 +71,7 @@ def lock_folder(folder: Path):
         who = holder.read_text() if os.access(holder, os.R_OK) else ""
         raise SystemExit(f"{folder}: another run {who}is writing there; wait for it, or choose another --out_dir")
     except (OSError, NotImplementedError) as error:  # some network disks have no locks
-        reason = getattr(error, "strerror", None) or first_line(error)
-        print(f"{folder}: cannot be locked ({reason}), so start no second run there")
+        print(f"{folder}: cannot be locked ({first_line(error)}), so start no second run there")
     try:
         yield
     finally:
@@ -83,15 +82,15 @@ def lock_folder(folder: Path):
             lock.release()
 
 
-def read_json(path: Path, shape: dict | None = None) -> dict:
+def read_json(path: Path, shape: dict) -> dict:
     """The JSON object in a file; {} if there is no such file. Raises SystemExit if it cannot be read, or a key that is
     in `shape` does not fit."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
-        for key, wanted in (shape or {}).items():
-            if key in content and not fits(content[key], wanted):
+        for key in content.keys() & shape.keys():
+            if not fits(content[key], shape[key]):
                 raise ValueError(f"{key} cannot be {json.dumps(content[key]):.60}")
         return content
     except (FileNotFoundError, NotADirectoryError):
@@ -101,8 +100,7 @@ def read_json(path: Path, shape: dict | None = None) -> dict:
 
 
 def fits(value, shape) -> bool:
-    """Whether a JSON value has a shape: a type, a range, a list of one shape, or a dict of shapes by key (of which any
-    may be missing)."""
+    """Whether a JSON value is of a type, in a range, or a list or dict of such; any key of a dict may be missing."""
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(fits(value[key], shape[key]) for key in value.keys() & shape.keys())
     if isinstance(shape, list):

@@ -64,28 +64,22 @@ def find_parquets(names: list[str], default: Path) -> list[Path]:
             url = re.sub("^hf://(datasets/[^/]+/[^/]+)", r"https://huggingface.co/\1/resolve/main", name)
             target = default / url.split("?")[0].split("/")[-1]
             raise SystemExit(f"{name}: no file; download it first: curl -L -C - --create-dirs -o {target} {url}")
-        matching = [] if os.path.lexists(name) else sorted(glob.glob(name))  # Windows leaves patterns to the program
-        for path in map(Path, matching or [name]):
-            found += parquets_below(path) if os.path.isdir(path) else [path]
-    for path in found:
         try:
-            path.stat()
-        except FileNotFoundError:
-            near = nearest(path.name, [other.name for other in path.parent.glob("*.parquet") if other.exists()])
-            link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
-            raise SystemExit(f"{path}{link}: no such file or folder{where(path)}{near}") from None
+            matching = [] if os.path.lexists(name) else sorted(glob.glob(name))  # Windows leaves patterns to us
+            for path in map(Path, matching or [name]):
+                if path.is_dir():  # glob passes over what begins with a dot: downloads' .cache, macOS's ._companions
+                    below = map(Path, glob.glob(os.path.join(glob.escape(str(path)), "**", "*"), recursive=True))
+                    inside = sorted(file for file in below if file.suffix.lower() == ".parquet" and not file.is_dir())
+                    if not inside:
+                        raise SystemExit(f"{path}: no .parquet file in this folder")
+                    found += inside
+                elif path.exists():
+                    found.append(path)
+                else:
+                    near = nearest(path.name, [other.name for other in path.parent.glob("*.parquet") if other.exists()])
+                    raise SystemExit(f"{path}: no such file or folder{where(path)}{near}")
         except OSError as error:
-            raise SystemExit(f"{path}: cannot be read ({error.strerror})") from None
-    return found
-
-
-def parquets_below(folder: Path) -> list[Path]:
-    """The parquet files in the folder and those in it, sorted; not those whose path has a name that begins with a dot,
-    as downloads' .cache and macOS's companions ._NAME do. Raises SystemExit if there are none."""
-    inside = [Path(path) for path in glob.glob(os.path.join(glob.escape(str(folder)), "**", "*"), recursive=True)]
-    found = sorted(path for path in inside if path.suffix.lower() == ".parquet" and not path.is_dir())
-    if not found:
-        raise SystemExit(f"{folder}: no .parquet file in this folder")
+            raise SystemExit(f"{name}: cannot be read ({error.strerror})") from None
     return found
 
 
@@ -93,28 +87,28 @@ def open_source(path: Path, text_column: str) -> Source:
     """Reads the footer. Raises SystemExit if it is not a whole parquet file, or has no text in `text_column`."""
     try:
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            schema, columns = file.schema_arrow, [text_column]
-            if schema.names.count(text_column) != 1:
-                names = ", ".join(schema.names) or "none at all"
-                raise SystemExit(
-                    f"{path}: needs one column '{text_column}', but has {names}; name another with --text_column="
-                )
-            if not is_text(kind := schema.field(text_column).type):
-                raise SystemExit(
-                    f"{path}: column '{text_column}' holds {kind}, not text; name another with --text_column="
-                )
-            count = schema.field("token_count").type if schema.names.count("token_count") == 1 else pa.null()
-            if pa.types.is_integer(count) or pa.types.is_floating(count):  # pandas makes floats of them if one is null
-                columns.append("token_count")
-            next(file.iter_batches(1, columns=columns), None)  # if encrypted, this raises; the next line would abort
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+            # Of an encrypted column, reading a row raises; asking for the size would end the process.
+            next(file.iter_batches(1, columns=[text_column, "token_count"]), None)
             sizes = [text_bytes(file, row_group, text_column) for row_group in range(file.num_row_groups)]
-            return Source(path, file.metadata.num_rows, sum(sizes), columns)
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno:
             raise SystemExit(f"{path}: cannot be read ({os.strerror(error.errno)})") from None
         if re.search("Cannot decrypt|encrypted metadata", str(error)):
             raise SystemExit(f"{path}: encrypted ({first_line(error)}); write it again without encryption") from None
         raise SystemExit(f"{path}: not a whole parquet file ({first_line(error)}); download it again?") from None
+    if schema.names.count(text_column) != 1:
+        raise SystemExit(
+            f"{path}: needs one column '{text_column}', but has {', '.join(schema.names) or 'none at all'}; "
+            f"name another with --text_column="
+        )
+    kind = schema.field(text_column).type
+    if not is_text(kind):
+        raise SystemExit(f"{path}: column '{text_column}' holds {kind}, not text; name another with --text_column=")
+    columns, kind = [text_column], schema.field("token_count").type if schema.names.count("token_count") == 1 else None
+    if kind and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):  # pandas makes it a float if one is missing
+        columns.append("token_count")
+    return Source(path, rows, sum(sizes), columns)
 
 
 def without_copies(sources: list[Source]) -> list[Source]:
@@ -173,5 +167,5 @@ def read_row_group(file: pq.ParquetFile, source: Source, row_group: int, first_r
 
 def text_bytes(file: pq.ParquetFile, row_group: int, text_column: str) -> int:
     """Size of the column in this row group, uncompressed (though repeated texts may count once)."""
-    paths = [file.schema.column(i).path for i in range(len(file.schema))]
-    return file.metadata.row_group(row_group).column(paths.index(text_column)).total_uncompressed_size
+    group, leaves = file.metadata.row_group(row_group), [file.schema.column(i).path for i in range(len(file.schema))]
+    return sum(group.column(i).total_uncompressed_size for i, leaf in enumerate(leaves) if leaf == text_column)
