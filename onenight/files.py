@@ -71,7 +71,7 @@ def lock_folder(folder: Path):
         who = holder.read_text() if os.access(holder, os.R_OK) else ""
         raise SystemExit(f"{folder}: another run {who}is writing there; wait for it, or choose another --out_dir")
     except (OSError, NotImplementedError) as error:  # some network disks have no locks
-        print(f"{folder}: cannot be locked ({first_line(error)}), so start no second run there")
+        print(f"{folder}: cannot be locked ({getattr(error, 'strerror', error)}), so start no second run there")
     try:
         yield
     finally:
