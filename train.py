@@ -191,7 +191,7 @@ def log(trainer: Trainer, metrics: Metrics | None, lr_share: float, loss: float,
     record = {"iter": iter_num, "tokens": iter_num * trainer.config.tokens_per_iter, "train_loss": loss}
     record |= learning_rates(trainer.config, lr_share)
     line = f"iter {iter_num}: loss {loss:.4f}, time {pace.last_s * 1000:.2f}ms"
-    if seconds := pace.lap():
+    if seconds := pace.s_per_iter():
         record |= {"tokens_per_s": round(pace.tokens_per_s(seconds)), "mfu": round(pace.mfu(seconds), 4)}
         mfu = f"{record['mfu']:.1%}" if record["mfu"] <= 1 else "unknown (the machine was busy when it was measured)"
         line += f", {record['tokens_per_s']:,} tokens/s, mfu {mfu}, ETA {duration(pace.eta())}"

@@ -1,12 +1,21 @@
 """What the stage scripts share. Imported first by each of them, because it sets the environment that torch reads once,
 and what Ctrl-C does: no traceback, exit status 130, at any moment."""
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
 
 # OpenMP's threads spin for 300,000 rounds before they sleep, and crawl on a busy machine: see benchmarks/LOG.md.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if sys.platform == "linux":
+    # Micro-batches that change in size, as in evaluations, would leave holes in a GPU's memory.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # glibc returns large blocks, such as the head's logits, to the system, and takes them anew at each step: keep them.
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def exit_on_interrupt(kind, error, traceback):

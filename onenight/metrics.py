@@ -31,8 +31,6 @@ class Pace:
         self.evals, self.eval_s, self.save_s = 0, 0.0, 0.0  # how many, and seconds of the last one, saving included
         self.recent = deque(maxlen=self.RECENT)
         self.counted, self.counted_s = 0, 0.0  # iterations since the settling
-        self.lap_start = (0, 0.0)
-        self.lap_s_per_iter = 0.0
 
     def elapsed(self) -> float:
         """Seconds of this run so far, those before a resume included; also noted in the trainer's progress."""
@@ -60,16 +58,10 @@ class Pace:
         return True
 
     def s_per_iter(self) -> float:
-        """Seconds of an iteration of late; 0 before the first has ended."""
-        return sum(self.recent) / len(self.recent) if self.recent else self.last_s
-
-    def lap(self) -> float:
-        """Mean seconds of the iterations since the last call; 0 as long as none counts, unless they are slow."""
-        iters, seconds = self.counted - self.lap_start[0], self.counted_s - self.lap_start[1]
-        if iters:
-            self.lap_s_per_iter = seconds / iters
-            self.lap_start = (self.counted, self.counted_s)
-        return self.lap_s_per_iter or (self.last_s if self.steps > 1 and self.last_s > LOG_S / 3 else 0.0)
+        """Seconds of an iteration of late; 0 as long as none counts, unless they are slow."""
+        if self.recent:
+            return sum(self.recent) / len(self.recent)
+        return self.last_s if self.steps > 1 and self.last_s > LOG_S / 3 else 0.0
 
     def tokens_per_s(self, seconds_per_iter: float) -> float:
         return self.trainer.config.tokens_per_iter / seconds_per_iter

@@ -1,6 +1,7 @@
 """
-Kills train.py with kill -9 at random moments, saving included, and resumes it. Its weights, optimizer and metrics must
-be bit for bit those of an undisturbed run.
+Ends train.py at random moments, saving included, by kill -9 or by closing its terminal (SIGHUP), starts it a second
+time in the same folder, and resumes it. Its weights, optimizer and metrics must be bit for bit those of an undisturbed
+run.
 
     python tests/torture/train.py --kills=30 --iters=3000 --seed=1
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,22 +46,32 @@ def torture(folder: Path, kills: int, iters: int, rng: random.Random):
     tokens[:3000].tofile(folder / "val.bin")
     (folder / "meta.json").write_text('{"vocab_size": 250}')
     seconds = undisturbed(folder, iters)
-    out_dir, killed, starts = folder / "killed", 0, 0
+    out_dir, killed, starts, hung_up, refused = folder / "killed", 0, 0, 0, 0
     while True:
         process, starts = start(folder, out_dir, iters), starts + 1
         wait_for(process, ("step", "this run is finished"))
+        if killed < kills and rng.random() < 0.3:
+            second = start(folder, out_dir, iters)
+            said, _ = second.communicate()
+            assert second.returncode and ("another run (process" in said or "holds the checkpoint" in said), said
+            refused += 1
         try:  # twice the mean share of a kill: the run must outlast the kills
             process.communicate(timeout=rng.uniform(0, 2 * seconds / (kills + 1)) if killed < kills else None)
         except subprocess.TimeoutExpired:
-            process.kill()
+            hangs_up = rng.random() < 0.3
+            process.send_signal(signal.SIGHUP if hangs_up else signal.SIGKILL)
             process.communicate()
-            killed += 1
+            assert not hangs_up or process.returncode == 0, "it did not save when its terminal was closed"
+            killed, hung_up = killed + 1, hung_up + hangs_up
             continue
         assert process.returncode == 0, "it did not go on after a kill"
         break
     compare(folder / "undisturbed", out_dir)
     assert not list(out_dir.glob("*.partial")), "temporary files are left"
-    print(f"killed: {killed} times in {starts} starts; weights, optimizer and metrics are those of the undisturbed run")
+    print(
+        f"ended: {killed} times, {hung_up} of them by SIGHUP, in {starts} starts; {refused} second starts were refused"
+    )
+    print("weights, optimizer and metrics are those of the undisturbed run")
 
 
 def start(folder: Path, out_dir: Path, iters: int) -> subprocess.Popen:
