@@ -31,24 +31,25 @@ class BinsWriter:
     `overwrite` is not set, OSError if the disk fails."""
 
     def __init__(self, out_dir: Path, job: dict, counters: dict, overwrite: bool):
-        self.out_dir, self.job = out_dir, job
-        self.journal = out_dir / "prepare.json"
+        self.out_dir, self.job, self.journal = out_dir, job, out_dir / "prepare.json"
         self.state = {"rows": 0, **{split: {"tokens": 0, "documents": 0} for split in SPLITS}, **counters}
         earlier = read_json(self.journal, {"job": JOB, "state": STATE})
-        if earlier.get("job") == job and self._matches_files(earlier["state"]):
+        partial = {split: out_dir / f"{split}.bin.partial" for split in SPLITS}
+        # Where each split is: the last run may have stopped after renaming it.
+        self.paths = {split: path if path.exists() else out_dir / f"{split}.bin" for split, path in partial.items()}
+        if earlier.get("job") == job and all(path.exists() for path in self.paths.values()):
             self.state = earlier["state"]
         else:
             if not overwrite:
-                self._refuse_to_lose(earlier)
+                refuse_to_lose(out_dir, earlier, job)
             self.journal.unlink(missing_ok=True)
-            for split in SPLITS:
-                self._partial(split).write_bytes(b"")
-        self.files = {}
-        for split in SPLITS:
-            if self._partial(split).exists():  # else the last run stopped after renaming it
-                self.files[split] = open(self._partial(split), "r+b", buffering=1 << 20)
-                self.files[split].truncate(2 * self.state[split]["tokens"])
-                self.files[split].seek(0, os.SEEK_END)
+            self.paths = partial
+            for path in partial.values():
+                path.write_bytes(b"")
+        self.files = {split: open(path, "r+b", buffering=1 << 20) for split, path in self.paths.items()}
+        for split, file in self.files.items():
+            file.truncate(2 * self.state[split]["tokens"])
+            file.seek(0, os.SEEK_END)
 
     @property
     def tokens(self) -> int:
@@ -87,8 +88,7 @@ class BinsWriter:
         self.checkpoint()
         self.close()
         lengths = Counter()
-        for split in SPLITS:
-            path = self._partial(split) if split in self.files else self.out_dir / f"{split}.bin"
+        for split, path in self.paths.items():
             try:
                 found, digest = check_bin(path, **self.state[split])
             except SystemExit:
@@ -97,68 +97,52 @@ class BinsWriter:
             lengths += found
             meta[split] = {**self.state[split], "sha256": digest}
         (self.out_dir / "meta.json").unlink(missing_ok=True)
-        if "val" in self.files:
+        if self.paths["val"] != self.out_dir / "val.bin":
             (self.out_dir / "val.bin").unlink(missing_ok=True)
-        for split in self.files:
-            rename(self._partial(split), self.out_dir / f"{split}.bin")
+        for split, path in self.paths.items():
+            rename(path, self.out_dir / f"{split}.bin")
         write_json(self.out_dir / "meta.json", meta | self.job)
         self.journal.unlink()
         return lengths
 
-    def _partial(self, split: str) -> Path:
-        return self.out_dir / f"{split}.bin.partial"
 
-    def _matches_files(self, state: dict) -> bool:
-        """Whether each bin is there with at least the bytes that the state counts."""
-        for split in SPLITS:
-            final, needed = self.out_dir / f"{split}.bin", 2 * state[split]["tokens"]
-            if self._partial(split).exists():
-                if self._partial(split).stat().st_size < needed:
-                    return False
-            elif not final.exists() or final.stat().st_size != needed:
-                return False
-        return True
-
-    def _refuse_to_lose(self, earlier: dict):
-        if earlier.get("state", {}).get("rows") and earlier["job"] != self.job:
-            what = f"an unfinished preparation of {differences(earlier['job'], self.job)}"
-        elif (self.out_dir / "meta.json").exists():
-            what = f"finished bins of {differences(read_meta(self.out_dir), self.job)}"
-        elif any((self.out_dir / f"{split}.bin").exists() for split in SPLITS):
-            what = "bins of unknown origin"
-        else:
-            return
-        raise SystemExit(f"{self.out_dir}: holds {what}; choose another --out_dir, or replace it with --overwrite")
-
-
-def is_complete(out_dir: Path, job: dict) -> bool:
-    """Whether the finished bins of this very job are there, in full size."""
-    meta = read_meta(out_dir)
-    if any(meta.get(key) != job[key] for key in job):
-        return False
-    bins = [(out_dir / f"{split}.bin", 2 * meta.get(split, {}).get("tokens", -1)) for split in SPLITS]
-    return all(path.exists() and path.stat().st_size == size for path, size in bins)
-
-
-def clear_work(out_dir: Path):
-    """Removes the temporary files of a preparation, but no finished bin."""
-    for name in ("prepare.json", "prepare.json.partial", *(f"{split}.bin.partial" for split in SPLITS)):
-        (out_dir / name).unlink(missing_ok=True)
+def refuse_to_lose(out_dir: Path, unfinished: dict, job: dict):
+    """Raises SystemExit if the folder has bins, finished or not, that this job would replace."""
+    if unfinished.get("state", {}).get("rows") and unfinished["job"] != job:
+        what = f"an unfinished preparation of {differences(unfinished['job'], job)}"
+    elif (out_dir / "meta.json").exists():
+        what = f"finished bins of {differences(read_meta(out_dir), job)}"
+    elif any((out_dir / f"{split}.bin").exists() for split in SPLITS):
+        what = "bins of unknown origin"
+    else:
+        return
+    raise SystemExit(f"{out_dir}: holds {what}; choose another --out_dir, or replace it with --overwrite")
 
 
 def differences(old: dict, new: dict) -> str:
     """What changed between two jobs, as 'other settings (val_fraction 0.005, now 0.01)'."""
     before, after = old.get("settings", {}), new["settings"]
     changed = [f"{key} {before.get(key)}, now {after[key]}" for key in after if before.get(key) != after[key]]
-    names = [[source["file"] for source in job.get("sources", [])] for job in (old, new)]
     if changed:
         return f"other settings ({'; '.join(changed)})"
-    if names[0] != names[1]:
-        return f"other files ({', '.join(names[0][:3])}{', ...' if len(names[0]) > 3 else ''})"
-    edited = [now["file"] for then, now in zip(old["sources"], new["sources"]) if then != now]
-    if edited:
-        return f"the same files before they were changed ({', '.join(edited)})"
-    return "other sizes than its meta.json says"
+    files, files_now = (", ".join(source["file"] for source in job.get("sources", [])) for job in (old, new))
+    if files != files_now:
+        return f"other files ({files:.100})"
+    same = old["sources"] == new["sources"]
+    return "other sizes than its meta.json says" if same else f"the same files before they were changed ({files:.100})"
+
+
+def is_complete(out_dir: Path, job: dict) -> bool:
+    """Whether the finished bins of this very job are there, in full size."""
+    meta = read_meta(out_dir)
+    bins = [(out_dir / f"{split}.bin", 2 * meta.get(split, {}).get("tokens", -1)) for split in SPLITS]
+    return meta | job == meta and all(path.exists() and path.stat().st_size == size for path, size in bins)
+
+
+def clear_work(out_dir: Path):
+    """Removes the temporary files of a preparation, but no finished bin."""
+    for name in ("prepare.json", "prepare.json.partial", *(f"{split}.bin.partial" for split in SPLITS)):
+        (out_dir / name).unlink(missing_ok=True)
 
 
 def check_bin(path: Path, tokens: int, documents: int, sha256: str | None = None) -> tuple[Counter, str]:

@@ -33,11 +33,7 @@ def get_encoding() -> tiktoken.Encoding:
     or damaged."""
     if not hasattr(of_this_thread, "encoding"):
         of_this_thread.encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=PATTERN,
-            mergeable_ranks=read_ranks(),
-            special_tokens={EOT_TEXT: EOT},
-            explicit_n_vocab=VOCAB_SIZE,
+            "gpt2", pat_str=PATTERN, mergeable_ranks=read_ranks(), special_tokens={EOT_TEXT: EOT}
         )
     return of_this_thread.encoding
 
@@ -45,13 +41,9 @@ def get_encoding() -> tiktoken.Encoding:
 @functools.cache
 def read_ranks() -> dict[bytes, int]:
     """The id of every token but end-of-text. Raises SystemExit if the rank file is missing or damaged."""
-    restore = f"restore it with: git checkout {RANKS_FILE}"
-    try:
-        raw = RANKS_FILE.read_bytes()
-    except OSError as error:
-        raise SystemExit(f"{RANKS_FILE}: cannot be read ({error.strerror}); {restore}")
+    raw = RANKS_FILE.read_bytes() if RANKS_FILE.is_file() else b""
     if hashlib.sha256(raw).hexdigest() != RANKS_SHA256:
-        raise SystemExit(f"{RANKS_FILE}: damaged (its sha256 is not that of GPT-2's ranks); {restore}")
+        raise SystemExit(f"{RANKS_FILE}: missing or damaged; restore it with: git checkout {RANKS_FILE}")
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, raw.splitlines())}
 
 
@@ -66,8 +58,6 @@ def encode_document(text: str) -> np.ndarray:
         return encode_document(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except ValueError:
         cuts = [match.end() for match in SPACE_RUN.finditer(text)]
-        if not cuts:
-            raise
         return np.concatenate([encode(text[start:end]) for start, end in zip([0, *cuts], [*cuts, None])])
 
 
