@@ -27,21 +27,21 @@ META = {"vocab_size": range(1, 1 + (1 << 16)), **JOB, **STATE}
 class BinsWriter:
     """Both splits while they are being written. `state` counts the input rows processed, the tokens and documents of
     each split, and the caller's `counters`. `job` is what determines the contents: settings and sources. Unfinished
-    work on the disk for the same job is continued. Raises SystemExit if bins of another job would be lost and
-    `overwrite` is not set, OSError if the disk fails."""
+    work for the same job is continued. Raises SystemExit if the bins of another would be lost without `overwrite`."""
 
     def __init__(self, out_dir: Path, job: dict, counters: dict, overwrite: bool):
         self.out_dir, self.job, self.journal = out_dir, job, out_dir / "prepare.json"
         self.state = {"rows": 0, **{split: {"tokens": 0, "documents": 0} for split in SPLITS}, **counters}
         earlier = read_json(self.journal, {"job": JOB, "state": STATE})
         partial = {split: out_dir / f"{split}.bin.partial" for split in SPLITS}
-        # Where each split is: the last run may have stopped after renaming it.
-        self.paths = {split: path if path.exists() else out_dir / f"{split}.bin" for split, path in partial.items()}
+        # Where each split is: the last run may have stopped after renaming it, which it does without a meta.json.
+        keep = (out_dir / "meta.json").exists()
+        self.paths = {s: path if path.exists() or keep else out_dir / f"{s}.bin" for s, path in partial.items()}
         if earlier.get("job") == job and all(path.exists() for path in self.paths.values()):
             self.state = earlier["state"]
         else:
-            if not overwrite:
-                refuse_to_lose(out_dir, earlier, job)
+            if not overwrite and (what := would_lose(out_dir, earlier, job)):
+                raise SystemExit(f"{out_dir}: holds {what}; choose another --out_dir, or replace it with --overwrite")
             self.journal.unlink(missing_ok=True)
             self.paths = partial
             for path in partial.values():
@@ -59,11 +59,11 @@ class BinsWriter:
     def documents(self) -> int:
         return sum(self.state[split]["documents"] for split in SPLITS)
 
-    def write(self, split: str, ids: np.ndarray, documents: int):
+    def write(self, split: str, ids: np.ndarray):
         """Appends the ids of whole documents, each with its end-of-text."""
         self.files[split].write(ids.astype("<u2", copy=False).data)
         self.state[split]["tokens"] += len(ids)
-        self.state[split]["documents"] += documents
+        self.state[split]["documents"] += int((ids == EOT).sum())
 
     def checkpoint(self):
         """Makes everything written so far survive a power cut."""
@@ -106,26 +106,24 @@ class BinsWriter:
         return lengths
 
 
-def refuse_to_lose(out_dir: Path, unfinished: dict, job: dict):
-    """Raises SystemExit if the folder has bins, finished or not, that this job would replace."""
+def would_lose(out_dir: Path, unfinished: dict, job: dict) -> str:
+    """The bins in the folder, finished or not, that this job would replace, in words; '' if there are none."""
     if unfinished.get("state", {}).get("rows") and unfinished["job"] != job:
-        what = f"an unfinished preparation of {differences(unfinished['job'], job)}"
-    elif (out_dir / "meta.json").exists():
-        what = f"finished bins of {differences(read_meta(out_dir), job)}"
-    elif any((out_dir / f"{split}.bin").exists() for split in SPLITS):
-        what = "bins of unknown origin"
-    else:
-        return
-    raise SystemExit(f"{out_dir}: holds {what}; choose another --out_dir, or replace it with --overwrite")
+        return f"an unfinished preparation of {differences(unfinished['job'], job)}"
+    if any((out_dir / name).exists() for name in ("meta.json", "train.bin", "val.bin")):
+        return f"finished bins of {differences(read_meta(out_dir), job)}"
+    return ""
 
 
 def differences(old: dict, new: dict) -> str:
     """What changed between two jobs, as 'other settings (val_fraction 0.005, now 0.01)'."""
-    before, after = old.get("settings", {}), new["settings"]
+    if JOB.keys() - old.keys():
+        return "unknown origin"
+    before, after = old["settings"], new["settings"]
     changed = [f"{key} {before.get(key)}, now {after[key]}" for key in after if before.get(key) != after[key]]
     if changed:
         return f"other settings ({'; '.join(changed)})"
-    files, files_now = (", ".join(source["file"] for source in job.get("sources", [])) for job in (old, new))
+    files, files_now = (", ".join(source.get("file", "?") for source in job["sources"]) for job in (old, new))
     if files != files_now:
         return f"other files ({files:.100})"
     same = old["sources"] == new["sources"]
@@ -141,7 +139,7 @@ def is_complete(out_dir: Path, job: dict) -> bool:
 
 def clear_work(out_dir: Path):
     """Removes the temporary files of a preparation, but no finished bin."""
-    for name in ("prepare.json", "prepare.json.partial", *(f"{split}.bin.partial" for split in SPLITS)):
+    for name in ("prepare.json", "prepare.json.partial", "train.bin.partial", "val.bin.partial"):
         (out_dir / name).unlink(missing_ok=True)
 
 
@@ -155,8 +153,7 @@ def check_bin(path: Path, tokens: int, documents: int, sha256: str | None = None
             ids = np.frombuffer(raw[: len(raw) // 2 * 2], "<u2")
             largest = max(largest, int(ids.max(initial=0)))
             ends = np.flatnonzero(ids == EOT) + seen // 2
-            values, counts = np.unique(np.diff(ends, prepend=last_end) - 1, return_counts=True)
-            lengths.update(dict(zip(values.tolist(), counts.tolist())))
+            lengths.update((np.diff(ends, prepend=last_end) - 1).tolist())
             last_end = ends[-1] if len(ends) else last_end
             seen += len(raw)
     found = {"bytes": seen, "end-of-text tokens": lengths.total(), "largest id": largest, "sha256": digest.hexdigest()}

@@ -5,7 +5,7 @@ import string
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from onenight.bins import CHUNK, read_meta
+from onenight.bins import read_meta
 from onenight.device import Ranks
 from onenight.files import where
 from onenight.tokenizer import EOT, VOCAB_SIZE
@@ -20,8 +20,7 @@ MAKE = "make it: python prepare_single_parquet.py FILE.parquet --out_dir="
 
 def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np.memmap:
     """The tokens of one split, uint16 (tokens,), read from the disk as they are used. Raises SystemExit if the file is
-    missing, of another format, not a whole number of tokens, not of the size in meta.json, too short for a window, or
-    has ids that the model's vocabulary lacks (on a GPU those would end in an assertion that names nothing)."""
+    missing, of another format or size, too short for a window, or has ids that the model's vocabulary lacks."""
     path, meta = data_dir / f"{split}.bin", read_meta(data_dir)
     try:
         size, start = path.stat().st_size, np.fromfile(path, np.uint8, 1 << 16).tobytes()
@@ -39,14 +38,13 @@ def open_bin(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np
             f"prepare more documents{', or a larger val_fraction' if split == 'val' else ''}, or lower block_size"
         )
     tokens = np.memmap(path, "<u2", "r")
-    chunks = [tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK)]
-    largest = max(int(chunk.max()) for chunk in chunks)
+    largest = int(tokens.max())
     if largest >= vocab_size:
         raise SystemExit(f"{path}: holds id {largest}, but the model's vocab_size is {vocab_size}; wrong file?")
     if split == "train" and meta.get("vocab_size", VOCAB_SIZE) == VOCAB_SIZE:
-        if not chunks[0][1::2].any():
+        if not tokens[1:10_000:2].any():
             print(f"{path}: every second id is 0: uint32? Then np.fromfile(OLD, '<u4').astype('<u2').tofile(NEW) helps")
-        elif not any((chunk == EOT).any() for chunk in chunks):
+        elif largest < EOT:
             print(f"{path}: no end-of-text ({EOT}), and the largest id is {largest:,}: are these GPT-2's ids?")
     return tokens
 
@@ -95,11 +93,9 @@ class TrainWindows:
         epoch, index = divmod(position, self.windows_per_epoch)
         if epoch != self._epoch:
             random = np.random.RandomState([self.seed, epoch])  # numpy promises that this stream never changes
-            spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
-            phase = random.randint(spare + 1)
+            phase = random.randint(len(self.tokens) - self.windows_per_epoch * self.block_size)
             order = random.permutation(self.windows_per_epoch).astype(np.int64)  # int32 on Windows
-            self._starts = phase + self.block_size * order
-            self._epoch = epoch
+            self._epoch, self._starts = epoch, phase + self.block_size * order
         return int(self._starts[index])
 
 
@@ -109,8 +105,7 @@ def eval_batches(tokens, block_size: int, batch_size: int, max_tokens: int, devi
     number, and takes the same tokens for every batch_size: a last batch is filled up with IGNORED targets."""
     n_windows = -(-(len(tokens) - 1) // block_size)
     n_taken = min(n_windows, max(1, max_tokens // block_size))
-    starts = [i * n_windows // n_taken * block_size for i in range(n_taken)]
-    starts = starts[ranks.rank :: ranks.world_size]
+    starts = [i * n_windows // n_taken * block_size for i in range(ranks.rank, n_taken, ranks.world_size)]
     starts += [len(tokens)] * (-len(starts) % batch_size)  # windows past the end: nothing but IGNORED
     for first in range(0, len(starts), batch_size):
         x, y = window_batch(tokens, starts[first : first + batch_size], block_size, device)

@@ -111,8 +111,7 @@ def fits(value, shape) -> bool:
 def write_json(path: Path, content: dict):
     """Replaces the file atomically. Raises OSError."""
     with replacing(path, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 def first_line(error: BaseException) -> str:
@@ -127,8 +126,7 @@ def where(path: Path) -> str:
 
 def duration(seconds: float) -> str:
     """5h 07m, 12m 30s or 8s."""
-    seconds = round(seconds)
-    hours, minutes = seconds // 3600, seconds // 60 % 60
-    if hours:
-        return f"{hours}h {minutes:02}m"
-    return f"{minutes}m {seconds % 60:02}s" if minutes else f"{seconds}s"
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h {minutes % 60:02}m"
+    return f"{minutes}m {seconds:02}s" if minutes else f"{seconds}s"

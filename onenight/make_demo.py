@@ -27,12 +27,16 @@ SKIPPED = {"test", "tests", "site-packages"}  # much code with few docstrings; t
 
 def main():
     make_folder(TARGET.parent)
+    print("reading the docstrings of this Python installation")
     documents, tokens = [], 0
     for name, text in read_documents():
-        documents.append(describe(name, text))
-        tokens += documents[-1]["token_count"]
-        if len(documents) % 500 == 0:
-            print(f"{len(documents):,} documents, {tokens / 1e6:.1f} of at most {MAX_TOKENS / 1e6:.0f} M tokens")
+        text = text.encode("utf-8", "replace").decode()  # a parquet string cannot hold a lone surrogate
+        count = len(encode_document(text))
+        documents.append({
+            "text": text, "id": name, "dump": "demo", "url": f"pydoc:{name}", "date": "",
+            "file_path": "this Python installation", "language": "en", "language_score": 1.0, "token_count": count,
+        })  # fmt: skip
+        tokens += count
         if tokens >= MAX_TOKENS:
             break
     # In an order that depends on the names only, and mixes the packages.
@@ -71,16 +75,6 @@ def docstrings(path: Path):
             elif not isinstance(node, ast.Module):
                 text = f"{node.name}({ast.unparse(node.args)})\n\n{text}"
             yield text
-
-
-def describe(name: str, text: str) -> dict:
-    """One row with FineWeb's nine columns."""
-    text = text.encode("utf-8", "replace").decode()  # a parquet string cannot hold a lone surrogate
-    return {
-        "text": text, "id": name, "dump": "demo", "url": f"pydoc:{name}", "date": "",
-        "file_path": "this Python installation", "language": "en", "language_score": 1.0,
-        "token_count": len(encode_document(text)),
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from configurator import nearest
 
 BATCH_ROWS = 256  # rows tokenized at once: about 1 MB of FineWeb, 30 ms
 BATCH_BYTES = 1 << 20  # fewer rows where the texts are so long that they would be more than this
-
+# A text column holds text, or bytes that can be read as UTF-8.
+TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
 DAMAGED = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises in a damaged file
 
 
@@ -35,13 +36,10 @@ class Source:
     def fingerprint(self) -> dict:
         """What distinguishes this file from any other, JSON; the sha256 is the one that Hugging Face shows for it."""
         digest = hashlib.sha256()
-        try:
-            with open(self.path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                return {"file": self.path.name, "bytes": file.tell(), "rows": self.rows, "sha256": digest.hexdigest()}
-        except OSError as error:
-            raise SystemExit(f"{self.path}: cannot be read ({error.strerror})") from None
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return {"file": self.path.name, "bytes": file.tell(), "rows": self.rows, "sha256": digest.hexdigest()}
 
 
 @dataclass
@@ -103,7 +101,7 @@ def open_source(path: Path, text_column: str) -> Source:
             f"name another with --text_column="
         )
     kind = schema.field(text_column).type
-    if not is_text(kind):
+    if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in TEXTS:
         raise SystemExit(f"{path}: column '{text_column}' holds {kind}, not text; name another with --text_column=")
     columns, kind = [text_column], schema.field("token_count").type if schema.names.count("token_count") == 1 else None
     if kind and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):  # pandas makes it a float if one is missing
@@ -121,18 +119,9 @@ def without_copies(sources: list[Source]) -> list[Source]:
     return list(first.values())
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text, or bytes that can be read as UTF-8."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    texts = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
-    return kind in texts
-
-
 def read_batches(sources: list[Source], first_row: int = 0):
     """Yields Batches from row `first_row` on, counted over all sources. Raises SystemExit where a file is damaged."""
     for source in sources:
-        row_group = 0
         try:
             # A small read buffer instead of whole column chunks, so that a large row group does not fill the memory.
             with pq.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
@@ -142,18 +131,17 @@ def read_batches(sources: list[Source], first_row: int = 0):
                         yield from read_row_group(file, source, row_group, first_row)
                     first_row = max(first_row - rows, 0)
         except DAMAGED as error:
-            raise SystemExit(f"{source.path}: row group {row_group} is damaged ({first_line(error)})") from None
+            raise SystemExit(f"{source.path}: is damaged ({first_line(error)}); download it again?") from None
 
 
 def read_row_group(file: pq.ParquetFile, source: Source, row_group: int, first_row: int):
     """Yields the Batches of one row group, from its row `first_row` on."""
     text_column = source.columns[0]
-    group = file.metadata.row_group(row_group)
-    size = text_bytes(file, row_group, text_column)
-    step = max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(size, 1)))
+    num_rows, size = file.metadata.row_group(row_group).num_rows, text_bytes(file, row_group, text_column)
+    step = max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(size, 1)))
     # A dictionary column is read all at once: its rows are indices, and Arrow copies the dictionary for each batch.
     is_dictionary = pa.types.is_dictionary(file.schema_arrow.field(text_column).type)
-    read_rows, row = group.num_rows if is_dictionary else step, 0
+    read_rows, row = num_rows if is_dictionary else step, 0
     for table in file.iter_batches(read_rows, row_groups=[row_group], columns=source.columns, use_threads=False):
         for start in range(max(first_row - row, 0), len(table), step):
             rows = table.slice(start, step)

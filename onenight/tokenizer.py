@@ -20,8 +20,7 @@ EOT = 50256  # <|endoftext|>, the last id
 EOT_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 50257
 
-# tiktoken's regex engine fails at 1,000,000 whitespace characters before a word. The last piece keeps some of them,
-# because the very last one belongs to the word.
+# A piece of a long run of whitespace. The rest keeps at least one, because the last one belongs to the word after it.
 SPACE_RUN = re.compile(r"\s{100000}(?=\s)")
 
 of_this_thread = threading.local()
@@ -29,8 +28,7 @@ of_this_thread = threading.local()
 
 def get_encoding() -> tiktoken.Encoding:
     """The same encoding as tiktoken.get_encoding("gpt2"), one for each thread: threads that share one wait for a lock
-    in its regex engine, and two busy cores are then no faster than one. Raises SystemExit if the rank file is missing
-    or damaged."""
+    in its regex engine, and two busy cores are then no faster than one. Raises as read_ranks() does."""
     if not hasattr(of_this_thread, "encoding"):
         of_this_thread.encoding = tiktoken.Encoding(
             "gpt2", pat_str=PATTERN, mergeable_ranks=read_ranks(), special_tokens={EOT_TEXT: EOT}
@@ -49,8 +47,8 @@ def read_ranks() -> dict[bytes, int]:
 
 def encode_document(text: str) -> np.ndarray:
     """The ids of one document, without end-of-text: uint32, shape (tokens,). As tiktoken's encode_ordinary: special
-    tokens in the text are plain text, lone surrogates become U+FFFD. Where tiktoken fails, at a million whitespace
-    characters in a row, the row is cut into pieces of 100,000, each encoded separately."""
+    tokens in the text are plain text, lone surrogates become U+FFFD. A run of a million whitespace characters, at which
+    tiktoken fails, is encoded in pieces of 100,000."""
     encode = functools.partial(get_encoding().encode_to_numpy, disallowed_special=())
     try:
         return encode(text)

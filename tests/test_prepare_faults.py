@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals,
 
 # The script with a checkpoint every 20 ms, so that a run of half a second has many.
 IMPATIENT = ["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare_single_parquet as script; "
-             "script.run_interruptibly(script.main, sys.argv[1:], checkpoint_s=0.02)"]  # fmt: skip
+             "script.main(sys.argv[1:], checkpoint_s=0.02)"]  # fmt: skip
 
 
 def run_impatient(*arguments, **options):
