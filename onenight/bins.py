@@ -35,8 +35,8 @@ class BinsWriter:
         earlier = read_json(self.journal, {"job": JOB, "state": STATE})
         partial = {split: out_dir / f"{split}.bin.partial" for split in SPLITS}
         # Where each split is: the last run may have stopped after renaming it, which it does without a meta.json.
-        keep = (out_dir / "meta.json").exists()
-        self.paths = {s: path if path.exists() or keep else out_dir / f"{s}.bin" for s, path in partial.items()}
+        finished = (out_dir / "meta.json").exists()
+        self.paths = {s: path if path.exists() or finished else out_dir / f"{s}.bin" for s, path in partial.items()}
         if earlier.get("job") == job and all(path.exists() for path in self.paths.values()):
             self.state = earlier["state"]
         else:
