@@ -9,7 +9,7 @@ demo: $(VENV)/run
 	$(BIN)/python -m onenight.make_demo
 	$(BIN)/python prepare_single_parquet.py data/demo/train --out_dir=data/demo --val_fraction=0.02 --overwrite
 	rm -rf out-demo
-	$(BIN)/python train.py config/train_demo.py
+	$(BIN)/python train.py config/train_demo.py --hours=0.05
 	$(BIN)/python sample.py --out_dir=out-demo --num_samples=3 --max_new_tokens=200
 	@echo "The loss picture is out-demo/loss.png. To open the model in other tools (docs/use_your_model.md):"
 	@echo "$(BIN)/python -m pip install transformers && $(BIN)/python export.py --out_dir=out-demo --export_dir=my-gpt"

@@ -66,11 +66,11 @@ def model_args(config: TrainConfig, checkpoint: dict | None = None) -> dict:
 
 
 class Trainer:
-    """Trains `model`, or else a new one, with the weights of `checkpoint` if there is one. The windows of each
+    """Trains a new model, with the weights of `checkpoint` if there is one. The windows of each
     iteration are shared by the `ranks`: this process takes every world_size-th. Raises SystemExit if there is no data
     that fits the shape, the windows cannot be shared, or the weights have another shape."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, dtype, ranks: Ranks, checkpoint=None, model=None):
+    def __init__(self, config: TrainConfig, device: torch.device, dtype: str, ranks: Ranks, checkpoint=None):
         self.config, self.device, self.dtype, self.ranks = config, device, dtype, ranks
         use_tf32(device)
         limit_memory(config.vram_limit_gb, device)
@@ -83,7 +83,7 @@ class Trainer:
         self.windows_per_iter = config.batch_size * config.gradient_accumulation_steps
         self.batch_size = self.largest_micro_batch(config.batch_size)
 
-        self.model = model or GPT(GPTConfig(**self.model_args))
+        self.model = GPT(GPTConfig(**self.model_args))
         if checkpoint:
             source = config.out_dir if config.init_from == "resume" else config.init_from
             load_weights(self.model, checkpoint["model"], source)
