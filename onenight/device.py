@@ -1,5 +1,4 @@
-"""The hardware: device, number format, compilation, memory, and the processes that torchrun starts. A feature that the
-machine lacks is switched off with a message."""
+"""The hardware: device, number format, compilation, memory, processes. What it lacks is left out, with a message."""
 
 import contextlib
 import os
@@ -14,8 +13,6 @@ import torch.distributed as dist
 
 GB = 1e9
 RESERVE = 0.7 * GB  # of a GPU's memory, not available to tensors, assumed: the CUDA context, the allocator's fragments
-SPARE_ON_WINDOWS = 0.5 * GB
-BUCKET = 1 << 25  # numbers that are summed over the processes at once: 128 MB
 TO_COMPILE = {  # what is missing most often, by sys.platform
     "linux": "install gcc and Python's headers (Debian and Ubuntu: apt install gcc python3-dev)",
     "win32": "pip install triton-windows, or train in WSL2",
@@ -26,8 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def set_up_device(device: str, dtype: str, compiled: bool) -> tuple[torch.device, str, bool]:
-    """The device, the number format and whether to compile: as asked for, as far as this machine can, with a message
-    about what it cannot. Raises SystemExit for a device that it does not have."""
+    """The device, the number format and whether to compile: as asked for, as far as this machine can. Raises SystemExit
+    for a device that it does not have."""
     chosen = choose_device(device)
     use_tf32(chosen)
     return chosen, choose_dtype(dtype, chosen), compiled and compile_works(chosen)
@@ -46,18 +43,18 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:
-    """'auto' is bfloat16 on a GPU that supports it, float16 on an older one, float32 elsewhere. What the device
-    lacks, or emulates a hundred times slower, is replaced, with a message."""
-    has_bfloat16 = supports_bfloat16(device)
+    """'auto' is bfloat16 on a GPU that supports it, float16 on an older one, float32 elsewhere. What the device lacks,
+    or emulates a hundred times slower, is replaced, with a message."""
+    on_gpu, has_bfloat16 = device.type == "cuda", supports_bfloat16(device)
+    instead = "float16" if on_gpu else "float32"
     if dtype == "auto":
-        return "float32" if device.type != "cuda" else "bfloat16" if has_bfloat16 else "float16"
+        return "bfloat16" if on_gpu and has_bfloat16 else instead
     if dtype == "bfloat16" and not has_bfloat16:
-        instead = "float16 with loss scaling" if device.type == "cuda" else "float32"
         print(f"this {device.type.upper()} has no bfloat16 instructions: using {instead}")
-        return instead.split()[0]
-    if dtype == "float16" and device.type != "cuda":
+        return instead
+    if dtype == "float16" and not on_gpu:
         print("float16 needs a GPU: using float32")
-        return "float32"
+        return instead
     return dtype
 
 
@@ -104,35 +101,32 @@ def compile_model(model):
 
 def measure_tflops(device: torch.device, dtype: str) -> float:
     """TFLOP/s of large square matrix products, the best of half a second: the ceiling that MFU is relative to."""
-    use_tf32(device)
     size = 8192 if device.type == "cuda" else 512  # on a CPU short ones, so that one is undisturbed by other work
-    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
-    best, end = float("inf"), time.monotonic() + 0.5
-    (a @ b)[0, 0].item()  # loads the library
-    while time.monotonic() < end:
+    matrix = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    times, end = [], time.monotonic() + 0.5
+    while len(times) < 2 or time.monotonic() < end:  # the first one loads the library
         started = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - started)
     if device.type == "cuda":
-        del a, b
+        del matrix
         torch.cuda.empty_cache()
-    return 2 * size**3 / best / 1e12
+    return 2 * size**3 / min(times) / 1e12
 
 
 def usable_memory(device: torch.device, vram_limit_gb: float = 0.0) -> float:
-    """Bytes of a GPU's memory for tensors: what is free, and at most RESERVE less than the card has, or than
-    vram_limit_gb if that is set."""
+    """Bytes of a GPU's memory for tensors: what is free, at most the card's size, or vram_limit_gb, less RESERVE."""
     free, total = torch.cuda.mem_get_info(device)
     return min(free, min(total, vram_limit_gb * GB or total) - RESERVE)
 
 
 def limit_memory(vram_limit_gb: float, device: torch.device):
     """Limits this process to usable_memory(), as if the card had vram_limit_gb; 0: no limit, but on Windows, whose
-    driver would go on in the computer's memory, many times slower, to what is free now."""
+    driver would go on in the computer's memory, many times slower, to 0.5 GB less than is free now."""
     if device.type != "cuda" or not (vram_limit_gb or sys.platform == "win32"):
         return
     free, total = torch.cuda.mem_get_info(device)
-    limit = usable_memory(device, vram_limit_gb) if vram_limit_gb else free - SPARE_ON_WINDOWS
+    limit = usable_memory(device, vram_limit_gb) if vram_limit_gb else free - 0.5 * GB
     torch.cuda.set_per_process_memory_fraction(max(0.0, limit / total), device)
     print(f"memory: limited to {limit / GB:.1f} GB of the GPU's {total / GB:.1f}")
 
@@ -153,11 +147,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that torchrun started: its rank, how many there are, its number on this machine."""
+    """This process among those that torchrun started: its rank, and how many there are."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     deciders: "dist.ProcessGroup | None" = None  # the same processes, for numbers that are in the CPU's memory
 
     @property
@@ -166,17 +159,10 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensors: list[torch.Tensor]):
-        """Replaces each tensor (all of one dtype), in every process, by its sum over all processes."""
-        tensors = list(tensors) if self.world_size > 1 else []
-        while tensors:
-            n, size = 1, tensors[0].numel()
-            while n < len(tensors) and size + tensors[n].numel() <= BUCKET:
-                size, n = size + tensors[n].numel(), n + 1
-            bucket, tensors = tensors[:n], tensors[n:]
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
-            dist.all_reduce(flat)
-            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
-                tensor.copy_(total.view_as(tensor))
+        """Replaces each tensor, in every process, by its sum over all processes."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is True in any process."""
@@ -204,7 +190,7 @@ def start_ranks(device: str) -> tuple[Ranks, str]:
     the ranks and the device of this process: with several GPUs on a machine each process gets its own."""
     found = [name for name in TORCHRUN if os.environ.get(name)]
     if len(found) < len(TORCHRUN):
-        if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(found):
+        if found:
             print(f"{' and '.join(found)} set, but not all that torchrun sets ({', '.join(TORCHRUN)}): training alone")
         return Ranks(), device
     rank, world_size, local_rank = (int(os.environ[name]) for name in TORCHRUN[:3])
@@ -218,4 +204,4 @@ def start_ranks(device: str) -> tuple[Ranks, str]:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     if rank:
         sys.stdout = open(os.devnull, "w")
-    return Ranks(rank, world_size, local_rank, dist.new_group(backend="gloo")), device
+    return Ranks(rank, world_size, dist.new_group(backend="gloo")), device
