@@ -1,13 +1,9 @@
 """Settings: one dataclass per script, Python config files, then --key=value overrides, in the order given.
 
-    @dataclass
-    class Settings:
-        learning_rate: float = setting(6e-4, "peak learning rate", low=0)
+    learning_rate: float = setting(6e-4, "peak learning rate", low=0)  # a field of the dataclass Settings
+    settings = configure(Settings, sys.argv[1:], __doc__)  # config/small.py --learning_rate=1e-3 --compile=false
 
-    settings = configure(Settings, sys.argv[1:], __doc__)
-
-reads `train.py config/small.py --learning_rate=1e-3 --compile=false`. Config files and flags pass the same checks of
-name, type and range, and all problems are reported at once."""
+Files and flags pass the same checks of name, type and range, and all problems are reported at once."""
 
 import ast
 import dataclasses
@@ -21,7 +17,6 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parent
 DASHES = "-–—"  # the longer ones are what a word processor makes of --
-# How a range is written in setting(): the comparisons that it stands for, and their words.
 RANGES = {"low": operator.ge, "above": operator.gt, "high": operator.le, "below": operator.lt}
 WORDS = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
 
@@ -29,7 +24,6 @@ WORDS = {"low": "at least", "above": "more than", "high": "at most", "below": "l
 def setting(default, reason: str, choices: tuple = (), path: bool = False, **bounds):
     """A dataclass field with its default and, for --help, the reason to change it. `choices` are the values allowed;
     `path`: it names a file or folder, and ~ is expanded; `bounds`: low, high (inclusive), above, below (exclusive)."""
-    assert bounds.keys() <= RANGES.keys()
     return dataclasses.field(default=default, metadata=dict(reason=reason, choices=choices, path=path, bounds=bounds))
 
 
