@@ -1,11 +1,8 @@
-"""
-A GPT in one file, in two architectures.
+"""A GPT in one file, in two architectures.
 
-"gpt2" has the shape, names and initialisation of nanoGPT's model.py, which follow OpenAI's GPT-2
-(https://github.com/openai/gpt-2/blob/master/src/model.py), so that checkpoints go both ways. "qwen3" computes what
-transformers' Qwen3ForCausalLM does: RMSNorm (arXiv:1910.07467), queries and keys normalised (arXiv:2010.04245) and
-rotated by their position (arXiv:2104.09864), SwiGLU (arXiv:2002.05202), no biases, and a head of its own.
-"""
+"gpt2" has nanoGPT's shape, names and initialisation, which follow OpenAI's GPT-2: checkpoints go both ways. "qwen3" is
+transformers' Qwen3ForCausalLM: RMSNorm (arXiv:1910.07467), queries and keys normalised (arXiv:2010.04245) and rotated
+by their position (arXiv:2104.09864), SwiGLU (arXiv:2002.05202), no biases, and a head of its own."""
 
 import math
 from collections.abc import Callable
@@ -80,8 +77,6 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMS normalisation, with gains and without a bias."""
-
     def __init__(self, width: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -160,8 +155,6 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU as in GPT-2; with a gate SwiGLU."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
@@ -187,8 +180,6 @@ def modern_std(name: str, fan_in: int, n_layer: int) -> float:
 
 
 class Architecture(NamedTuple):
-    """What the two architectures differ in."""
-
     norm: type[nn.Module]
     gated: bool  # SwiGLU instead of GELU
     rotary: bool  # positions rotate queries and keys, which are normalised; else they have embeddings
@@ -251,10 +242,9 @@ class GPT(nn.Module):
         return 6 * (blocks + self.lm_head.weight.numel()) + attention
 
     def forward(self, idx, targets=None, cache=None, positions=None):
-        """idx: int64 (B, T), T at most block_size. Without targets: the logits of the last position, (B, 1,
-        vocab_size), and None. With targets, int64 (B, T): None, and the mean cross entropy in nats over those not
-        IGNORED. With a KVCache of B rows, idx is at `positions`, int64 (T,), after the tokens in the cache, and is
-        added to it."""
+        """idx: int64 (B, T), T at most block_size. Without targets the last position's logits, (B, 1, vocab_size), and
+        None; with targets, int64 (B, T), None and the mean cross entropy in nats over those not IGNORED. A KVCache of B
+        rows holds the tokens before idx, which is at `positions`, int64 (T,), and is added to it."""
         x = self.hidden(idx, cache, positions)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -281,9 +271,9 @@ class GPT(nn.Module):
 
 
 # ---- the loss without the logits
-# For 16 x 1024 tokens and 50,304 ids the logits take 3.3 GB in float32, and their gradient as much again: that is what
-# does not fit in 12 GB. Computing the gradient in the forward pass, some rows at a time, needs neither and no extra
-# FLOPs. The idea is Liger-Kernel's fused linear cross entropy (arXiv:2410.10989); here it is plain PyTorch.
+# For 16 x 1024 tokens and 50,304 ids logits and gradient take 3.3 GB each in float32, too much for 12 GB. Computing the
+# gradient in the forward pass, some rows at a time, needs neither, and no extra FLOPs: the idea of Liger-Kernel's fused
+# linear cross entropy (arXiv:2410.10989), in plain PyTorch.
 
 
 def linear_cross_entropy(x, weight, targets):
