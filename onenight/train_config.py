@@ -8,12 +8,10 @@ from onenight.device import DTYPES
 from configurator import setting
 from model import ARCHITECTURES, GPTConfig
 
-OPTIMIZERS = ("adamw", "muon")
-
 
 @dataclass
 class TrainConfig:
-    """Raises ValueError, naming every problem, for values that contradict one another."""
+    """Raises ValueError for values that contradict one another."""
 
     # where things go, and when
     out_dir: str = setting("out", "folder of ckpt.pt, metrics.jsonl and loss.png", path=True)
@@ -45,7 +43,7 @@ class TrainConfig:
     bias: bool = setting(False, "biases in LayerNorm and Linear, as GPT-2 has")
     architecture: str = setting("gpt2", "the model in model.py", choices=tuple(ARCHITECTURES))
     # optimizer
-    optimizer: str = setting("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=OPTIMIZERS)
+    optimizer: str = setting("adamw", "muon: the blocks' matrices; AdamW: the rest", choices=("adamw", "muon"))
     learning_rate: float = setting(6e-4, "peak learning rate", low=0)
     embedding_lr: float = setting(0.0, "peak learning rate of the embeddings; 0: learning_rate", low=0)
     head_lr: float = setting(0.0, "peak learning rate of a head that is not the embedding; 0: learning_rate", low=0)
@@ -69,18 +67,12 @@ class TrainConfig:
     compile: bool = setting(True, "torch.compile: slow to start, then much faster")
 
     def __post_init__(self):
-        problems = []
         if self.decay_lr and not self.hours and self.lr_decay_iters <= self.warmup_iters:
-            problems.append(f"lr_decay_iters={self.lr_decay_iters} must be more than warmup_iters={self.warmup_iters}")
+            raise ValueError(f"lr_decay_iters={self.lr_decay_iters} must be more than warmup_iters={self.warmup_iters}")
         own_rates = self.embedding_lr and (self.head_lr or ARCHITECTURES[self.architecture].tied)
         if self.optimizer == "muon" and not own_rates:
-            problems.append("optimizer='muon' needs embedding_lr and head_lr as well: AdamW's, for what is not Muon's")
-        try:
-            GPTConfig(**self.shape)
-        except ValueError as problem:
-            problems.append(str(problem))
-        if problems:
-            raise ValueError("\n".join(problems))
+            raise ValueError("optimizer='muon' needs embedding_lr and head_lr as well: AdamW's, for what is not Muon's")
+        GPTConfig(**self.shape)  # which refuses a shape that cannot be
 
     @property
     def data_dir(self) -> Path:
