@@ -14,17 +14,16 @@ from configurator import read_config_file
 from model import CHUNK_ROWS, GPT, GPTConfig
 
 TOKENS_PER_ITER = ("gradient_accumulation_steps", "batch_size", "block_size")  # the settings whose product it is
-# Apart from the matrix products, which grow with the width squared, a step has work that grows with the width. So
-# training reaches about n_embd / (n_embd + NARROW) of the products' speed, fitted to widths of 64 to 512 on a CPU (see
-# benchmarks/LOG.md). For 768 in bfloat16 that is 67 %; the CPU reached 57 %, and on the RTX 4070, rated at 58 TFLOP/s,
-# nanoGPT was reported to reach 48 % and nanochat 84 %.
+# A narrow model has more work beside its matrix products: training reaches about n_embd / (n_embd + NARROW) of their
+# speed, fitted to widths of 64 to 512 on a CPU (benchmarks/LOG.md). For 768 in bfloat16 that is 67 %; the CPU reached
+# 57 %, and on the RTX 4070, rated at 58 TFLOP/s, nanoGPT was reported to reach 48 % and nanochat 84 %.
 NARROW = {"float32": 120, "bfloat16": 370, "float16": 370}
 MAX_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
 EAGER = {"gpt2": 10, "qwen3": 42}  # bytes more for each token, block and channel without torch.compile, on a CPU
 
 
 def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: float):
-    """Prints what the run will take on this device, whose matrix products reach `ceiling` TFLOP/s; or on the one that
+    """Prints what the run will take on this device, whose matrix products reach `ceiling` TFLOP/s, or on the one that
     config.plan_vram_gb and config.plan_tflops describe. The bins need not exist yet."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_args(config)))
@@ -62,11 +61,10 @@ def recipe_warning(config: TrainConfig, arguments: list[str]) -> str:
     for argument in arguments:
         if argument.endswith(".py") and not argument.startswith("--"):
             from_files |= read_config_file(argument, TOKENS_PER_ITER)
-    sizes = {key: from_files.get(key, getattr(TrainConfig, key)) for key in TOKENS_PER_ITER}
-    intended, steps = math.prod(sizes.values()), config.gradient_accumulation_steps
+    intended = math.prod(from_files.get(key, getattr(TrainConfig, key)) for key in TOKENS_PER_ITER)
     if not from_files or config.tokens_per_iter == intended:
         return ""
-    nearest = max(1, round(intended / (config.tokens_per_iter / steps)))
+    nearest = max(1, round(intended / (config.batch_size * config.block_size)))
     return (
         f"another recipe: {config.tokens_per_iter:,} tokens per iteration, where the config file has {intended:,}; "
         f"--gradient_accumulation_steps={nearest} comes nearest to it with this batch_size\n"
@@ -76,8 +74,7 @@ def recipe_warning(config: TrainConfig, arguments: list[str]) -> str:
 def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer="adamw", compiled=True) -> dict[str, float]:
     """Bytes by part at the peak of a training step: in the head of the second micro-batch, when there are gradients of
     the first. The activations are the tensors that torch.compile saves for the backward pass."""
-    shape, wide = model.config, 4
-    narrow = DTYPES[dtype].itemsize
+    shape, narrow, wide = model.config, DTYPES[dtype].itemsize, 4
     parameters = sum(parameter.numel() for parameter in model.parameters())
     matrices = sum(parameter.numel() for parameter in model.transformer.h.parameters() if parameter.dim() > 1)
     # Of each token in each block: the residual stream twice in float32; two norms and attention's output as the linear
@@ -111,11 +108,8 @@ def judge_fit(config: TrainConfig, model: GPT, device: torch.device, dtype: str)
         return "unknown: this system does not tell its memory"
     windows = config.batch_size * config.gradient_accumulation_steps
     sizes = [size for size in range(1, config.batch_size + 1) if windows % size == 0]
-    fitting = [
-        size
-        for size in sizes
-        if sum(predict_memory(model, size, dtype, config.optimizer, config.compile).values()) <= free
-    ]
+    peak = {size: sum(predict_memory(model, size, dtype, config.optimizer, config.compile).values()) for size in sizes}
+    fitting = [size for size in sizes if peak[size] <= free]
     if config.batch_size in fitting:
         return f"yes, in {free / GB:.1f} GB free on {name}"
     if not fitting:
