@@ -1,6 +1,5 @@
 """The hardware: device, number format, compilation, memory, processes. What it lacks is left out, with a message."""
 
-import contextlib
 import os
 import sys
 import time
@@ -13,18 +12,12 @@ import torch.distributed as dist
 
 GB = 1e9
 RESERVE = 0.7 * GB  # of a GPU's memory, not available to tensors, assumed: the CUDA context, the allocator's fragments
-TO_COMPILE = {  # what is missing most often, by sys.platform
-    "linux": "install gcc and Python's headers (Debian and Ubuntu: apt install gcc python3-dev)",
-    "win32": "pip install triton-windows, or train in WSL2",
-    "darwin": "install the command line tools (xcode-select --install)",
-}
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets for its processes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def set_up_device(device: str, dtype: str, compiled: bool) -> tuple[torch.device, str, bool]:
-    """The device, the number format and whether to compile: as asked for, as far as this machine can. Raises SystemExit
-    for a device that it does not have."""
+    """Device, number format and whether to compile, as far as this machine can. Raises as choose_device() does."""
     chosen = choose_device(device)
     use_tf32(chosen)
     return chosen, choose_dtype(dtype, chosen), compiled and compile_works(chosen)
@@ -35,11 +28,9 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"device={device} is not available here ({first_line(error)}); try --device=auto")
-    return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:
@@ -62,16 +53,13 @@ def supports_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.type != "cpu"
+    has_onednn = torch.backends.mkldnn.is_available()
+    return device.type != "cpu" or (has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def autocast(dtype: str, device: torch.device):
     """The context of the forward pass: matrix products in `dtype`, while the weights stay float32."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device_type=device.type, dtype=DTYPES[dtype])
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
 def use_tf32(device: torch.device):
@@ -85,8 +73,10 @@ def compile_works(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, no Triton, a Python too new, ...
-        reason, remedy = first_line(error), TO_COMPILE.get(sys.platform, TO_COMPILE["linux"])
-        print(f"compile: off, because it does not work here ({reason}); to get it, {remedy}")
+        remedy = "install a C++ compiler and Python's headers (Debian and Ubuntu: apt install g++ python3-dev)"
+        if sys.platform == "win32":
+            remedy = "pip install triton-windows, or train in WSL2"
+        print(f"compile: off, because it does not work here ({first_line(error)}); to get it, {remedy}")
         return False
     return True
 
@@ -103,14 +93,14 @@ def measure_tflops(device: torch.device, dtype: str) -> float:
     """TFLOP/s of large square matrix products, the best of half a second: the ceiling that MFU is relative to."""
     size = 8192 if device.type == "cuda" else 512  # on a CPU short ones, so that one is undisturbed by other work
     matrix = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    (matrix @ matrix)[0, 0].item()  # loads the library
     times, end = [], time.monotonic() + 0.5
-    while len(times) < 2 or time.monotonic() < end:  # the first one loads the library
+    while not times or time.monotonic() < end:
         started = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - started)
-    if device.type == "cuda":
-        del matrix
-        torch.cuda.empty_cache()
+    del matrix
+    torch.cuda.empty_cache()  # nothing without a GPU
     return 2 * size**3 / min(times) / 1e12
 
 
@@ -123,16 +113,15 @@ def usable_memory(device: torch.device, vram_limit_gb: float = 0.0) -> float:
 def limit_memory(vram_limit_gb: float, device: torch.device):
     """Limits this process to usable_memory(), as if the card had vram_limit_gb; 0: no limit, but on Windows, whose
     driver would go on in the computer's memory, many times slower, to 0.5 GB less than is free now."""
-    if device.type != "cuda" or not (vram_limit_gb or sys.platform == "win32"):
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    limit = usable_memory(device, vram_limit_gb) if vram_limit_gb else free - 0.5 * GB
-    torch.cuda.set_per_process_memory_fraction(max(0.0, limit / total), device)
-    print(f"memory: limited to {limit / GB:.1f} GB of the GPU's {total / GB:.1f}")
+    if device.type == "cuda" and (vram_limit_gb or sys.platform == "win32"):
+        free, total = torch.cuda.mem_get_info(device)
+        limit = usable_memory(device, vram_limit_gb) if vram_limit_gb else free - 0.5 * GB
+        torch.cuda.set_per_process_memory_fraction(max(0.0, limit / total), device)
+        print(f"memory: limited to {limit / GB:.1f} GB of the GPU's {total / GB:.1f}")
 
 
 def peak_memory_gb(device: torch.device) -> tuple[float, float]:
-    """The most GPU memory so far, in GB: what tensors took, and what was reserved for them; 0, 0 on other devices."""
+    """The most GPU memory so far, in GB, that tensors took, and that was reserved for them; 0, 0 on other devices."""
     if device.type != "cuda":
         return 0.0, 0.0
     return torch.cuda.max_memory_allocated(device) / GB, torch.cuda.max_memory_reserved(device) / GB
@@ -151,7 +140,6 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    deciders: "dist.ProcessGroup | None" = None  # the same processes, for numbers that are in the CPU's memory
 
     @property
     def is_first(self) -> bool:
@@ -176,7 +164,7 @@ class Ranks:
         """The sum of the value over the processes."""
         total = torch.tensor(value, dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(total, group=self.deciders)
+            dist.all_reduce(total)
         return total.item()
 
     def stop(self):
@@ -201,7 +189,7 @@ def start_ranks(device: str) -> tuple[Ranks, str]:
     # Imported after the group exists, its functions would keep the group, and its threads, alive until the exit.
     from torch.distributed import nn  # noqa: F401
 
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")  # by the tensor's device
     if rank:
         sys.stdout = open(os.devnull, "w")
-    return Ranks(rank, world_size, dist.new_group(backend="gloo")), device
+    return Ranks(rank, world_size), device
