@@ -1,9 +1,6 @@
-"""
-Which optimizer updates which parameters, and how the learning rate changes over a run.
-
-Muon (https://kellerjordan.github.io/posts/muon/) makes the update of a matrix orthogonal, so that it changes all
-directions equally: for the matrices of the blocks. AdamW (arXiv:1711.05101) updates everything else, or everything.
-"""
+"""Which optimizer updates which parameters, and how the learning rate changes over a run. Muon makes the update of a
+matrix orthogonal, so that it changes all directions equally (https://kellerjordan.github.io/posts/muon/): for the
+matrices of the blocks. AdamW (arXiv:1711.05101) updates everything else, or everything."""
 
 import math
 
@@ -13,15 +10,13 @@ import torch
 
 from model import GPT
 
-MOMENTUM = 0.95  # Muon's, as in its author's runs
-
 
 def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> dict[str, torch.optim.Optimizer]:
     """The optimizers by their names in a checkpoint: 'optimizer', nanoGPT's name, is AdamW, 'muon' is Muon."""
     groups, optimizers = parameter_groups(model, config), {}
     if config.optimizer == "muon":
         matrices, *groups = groups
-        optimizers["muon"] = torch.optim.Muon([matrices], lr=config.learning_rate, momentum=MOMENTUM)
+        optimizers["muon"] = torch.optim.Muon([matrices], lr=config.learning_rate, momentum=0.95)
     betas, fused = (config.beta1, config.beta2), device.type in ("cuda", "cpu")
     # The gradient of a rare token's embedding is smaller than AdamW's usual 1e-8, which would stop its updates.
     eps = 1e-10 if config.embedding_lr else 1e-8
