@@ -11,13 +11,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from onenight.checkpoint import newest_run
+from onenight.checkpoint import build_model, newest_run
 from onenight.console import set_up_output
 from onenight.device import DTYPES
 from onenight.files import duration, first_line, make_folder, rename
-from onenight.huggingface import import_transformers, merges, to_transformers, vocabulary
+from onenight.huggingface import import_transformers, merges, resolve_checkpoint, to_transformers, vocabulary
 from onenight.metrics import read_metrics
-from onenight.pretrained import build_model, resolve_checkpoint
 
 from configurator import configure, setting
 from model import GPT

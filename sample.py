@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onenight.checkpoint import newest_run
+from onenight.checkpoint import build_model, newest_run
 from onenight.console import set_up_output
 from onenight.device import DTYPES, compile_model, is_out_of_memory, set_up_device
 from onenight.generate import Sampling, draw_uniforms, generate, pack_matrices
-from onenight.pretrained import build_model, resolve_checkpoint
+from onenight.huggingface import resolve_checkpoint
 from onenight.tokenizer import EOT, EOT_TEXT, encode_document, get_encoding
 
 import torch

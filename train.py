@@ -21,10 +21,10 @@ from onenight.console import StopSignal, set_up_output
 from onenight.device import Ranks, measure_tflops, peak_memory_gb, set_up_device, start_ranks
 from onenight.files import duration, lock_folder
 from onenight.hours import decide_length, open_ended
+from onenight.huggingface import resolve_checkpoint
 from onenight.metrics import SAVE_S, Metrics, Pace, start_wandb
 from onenight.optimizer import learning_rates, schedule
 from onenight.plan import print_plan, recipe_warning
-from onenight.pretrained import resolve_checkpoint
 from onenight.train_config import TrainConfig
 from onenight.trainer import Stopped, Trainer
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from common import bytes_per_step, circumstances
 from onenight import plan
-from onenight.checkpoint import save_checkpoint
+from onenight.checkpoint import build_model, save_checkpoint
 from onenight.device import (
     Ranks,
     choose_device,
@@ -29,7 +29,6 @@ from onenight.device import (
     use_tf32,
 )
 from onenight.generate import Sampling, draw_uniforms, generate
-from onenight.pretrained import build_model
 from onenight.train_config import TrainConfig
 from onenight.trainer import Trainer
 

@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 
 from common import GPT2_SHAPE, RESULTS, bytes_per_step, circumstances, make_peer
+from onenight.checkpoint import build_model
 from onenight.device import autocast, choose_device, compile_model, use_tf32
 from onenight.generate import Sampling, draw_uniforms, generate, pack_matrices
-from onenight.pretrained import build_model, resolve_checkpoint
+from onenight.huggingface import resolve_checkpoint
 
 import torch
 

@@ -1,5 +1,5 @@
 """
-Checkpoints: nanoGPT's fields in files that torch.load(weights_only=True) reads, replaced atomically.
+Checkpoints: nanoGPT's fields in files that torch.load(weights_only=True) reads, replaced atomically; and their models.
 
 out_dir/ckpt.pt is the latest, with everything needed to resume; ckpt-previous.pt the one before, in case the latest is
 damaged; best.pt the weights with the lowest val loss.
@@ -11,9 +11,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from onenight.device import DTYPES
 from onenight.files import first_line, replacing, where
+from onenight.tokenizer import VOCAB_SIZE
 
 import torch
+
+from model import GPT, GPTConfig
 
 LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt-previous.pt", "best.pt"
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -47,22 +51,22 @@ def newest_run() -> str:
 
 def load_latest(out_dir: Path) -> dict:
     """ckpt.pt or, with a message, the one before. Raises SystemExit if neither can be read."""
-    if not (out_dir / PREVIOUS).exists():
-        return load_checkpoint(out_dir / LATEST)
+    latest, previous = out_dir / LATEST, out_dir / PREVIOUS
     try:
-        return load_checkpoint(out_dir / LATEST)
+        return load_checkpoint(latest)
     except SystemExit as problem:
-        print(f"{problem}\ngoing back to {out_dir / PREVIOUS}")
-        checkpoint = load_checkpoint(out_dir / PREVIOUS)
+        if not previous.exists():
+            raise
+        print(f"{problem}\ngoing back to {previous}")
+    checkpoint = load_checkpoint(previous)
     with contextlib.suppress(FileNotFoundError):  # so that the next save does not keep it as the previous one
-        (out_dir / LATEST).replace(out_dir / "ckpt-damaged.pt")
+        latest.replace(out_dir / "ckpt-damaged.pt")
     return checkpoint
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of this project or of nanoGPT, tensors on the CPU: model, optimizer, model_args, iter_num,
-    best_val_loss, config, and more that resuming needs. Raises SystemExit if it is missing, damaged, or something
-    else."""
+    """A checkpoint of this project or of nanoGPT, its tensors on the CPU. Only model and model_args are always in it.
+    Raises SystemExit if it is missing, damaged, or something else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -108,18 +112,34 @@ def check_keys(name: str, missing: Iterable[str], unexpected: Iterable[str], sha
         raise SystemExit(f"{name}: its weights do not match its shape ({', '.join(faults[:3])}{more})")
 
 
+def build_model(checkpoint: dict, name: str, dtype: str = "float32") -> GPT:
+    """The model of a checkpoint, called `name` in errors, ready to generate GPT-2's tokens. Its large matrices are in
+    `dtype`, because autocast would otherwise convert them again for every token. Raises SystemExit if weights and shape
+    do not match."""
+    try:
+        model = GPT(GPTConfig(**checkpoint["model_args"]))
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"{name}: its model_args have an impossible shape ({first_line(error)})")
+    load_weights(model, checkpoint["model"], name)
+    if model.config.vocab_size < VOCAB_SIZE:
+        raise SystemExit(f"{name}: its vocabulary of {model.config.vocab_size} ids is not GPT-2's of {VOCAB_SIZE}")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(DTYPES[dtype])
+    return model.eval()
+
+
 def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], checkpoint: dict, out_dir: str):
     """Loads the state of the optimizers, with the options that they have, not the saved ones. Raises SystemExit if the
     checkpoint of out_dir has no such optimizer, or one with other groups of parameters."""
     try:
         for name, optimizer in optimizers.items():
-            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(checkpoint[name])
-            for group, options in zip(optimizer.param_groups, own):
-                if group.get("name", options["name"]) != options["name"]:  # nanoGPT's have none
+            saved, own = checkpoint[name], optimizer.state_dict()
+            for old, new in zip(saved["param_groups"], own["param_groups"], strict=True):
+                if old["params"] != new["params"] or old.get("name", new["name"]) != new["name"]:  # nanoGPT's: no name
                     raise ValueError
-                group.update(options)
-    except (KeyError, TypeError, ValueError):  # the last from torch, too
+            optimizer.load_state_dict({**own, "state": saved["state"]})
+    except (KeyError, TypeError, ValueError):
         latest, kind = Path(out_dir) / LATEST, "other optimizer settings" if checkpoint.get("optimizer") else "none"
         raise SystemExit(
             f"{latest}: an optimizer state is needed to resume, and it has {kind}; put --optimizer, --embedding_lr and "
@@ -130,19 +150,16 @@ def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], checkpoint: di
 def check_shape(shape: dict, saved: dict, source: str, resumes: bool):
     """Raises SystemExit, naming the differences, if the configured shape is not that of a checkpoint's model_args.
     Dropout may differ, and a new run may see fewer tokens than the checkpoint's."""
-    shape, saved = {"architecture": "gpt2", **shape}, {"architecture": "gpt2", **saved}
-    other = [key for key, value in shape.items() if saved.get(key) != value and key != "dropout"]
-    if "block_size" in other and not resumes and shape["block_size"] < saved["block_size"]:
-        other.remove("block_size")
-    if other:
-        values = ", ".join(f"{key}={saved.get(key)}" for key in other)
-        raise SystemExit(f"{source}: the checkpoint has {values}; {'resume' if resumes else 'start'} with the same")
+    shape, saved = {"architecture": "gpt2", **shape}, {"architecture": "gpt2", **saved, "dropout": shape["dropout"]}
+    if not resumes:
+        saved["block_size"] = min(saved["block_size"], shape["block_size"])
+    if other := ", ".join(f"{key}={saved.get(key)}" for key in shape if shape[key] != saved.get(key)):
+        raise SystemExit(f"{source}: the checkpoint has {other}; {'resume' if resumes else 'start'} with the same")
 
 
 def check_space(out_dir: Path, parameters: int):
-    """Raises SystemExit if the disk of out_dir has no room for what a run keeps there: the latest checkpoint, the one
-    before, and the next while it is written, each with two moments for every weight, and the best weights, likewise
-    twice; all in float32."""
+    """Raises SystemExit if the disk of out_dir has no room for a run's checkpoints, in float32: the latest, the one
+    before and the next, each with two moments for every weight, and the best weights, also twice while written."""
     needed = (3 * 3 + 2) * 4 * parameters
     reusable = sum((out_dir / name).stat().st_size for name in (LATEST, PREVIOUS, BEST) if (out_dir / name).exists())
     free = shutil.disk_usage(out_dir).free + reusable

@@ -1,6 +1,6 @@
-"""Models as transformers has them, GPT2LMHeadModel and Qwen3ForCausalLM, from ours and back. transformers reads and
-writes the files; here are the shape, the names of the tensors and the tokenizer. The package is optional, and imported
-only where it is used: that takes seconds."""
+"""Weights to start from, also those of models as transformers has them: GPT2LMHeadModel and Qwen3ForCausalLM, from ours
+and back. transformers reads and writes the files; here are the shape, the names of the tensors and the tokenizer. The
+package is optional, and imported only where it is used: that takes seconds."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from onenight.checkpoint import check_keys
+from onenight.checkpoint import check_keys, load_checkpoint, load_latest
 from onenight.files import first_line, where
 from onenight.tokenizer import EOT, EOT_TEXT, VOCAB_SIZE, read_ranks
 
@@ -31,6 +31,16 @@ QWEN3_NAMES = {  # parts of the tensors' names, ours and theirs
     "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", ".attn.c_proj": ".self_attn.o_proj",
     ".attn.": ".self_attn.", "c_gate": "gate_proj", "c_fc": "up_proj", "mlp.c_proj": "mlp.down_proj",
 }  # fmt: skip
+
+
+def resolve_checkpoint(init_from: str, out_dir: Path) -> dict:
+    """The checkpoint that init_from means: the latest of out_dir for 'resume', the file for a name that ends in .pt,
+    and otherwise a Hugging Face folder or hub name. Only model_args and model are always in it. Raises SystemExit."""
+    if init_from == "resume":
+        return load_latest(out_dir)
+    if init_from.endswith(".pt"):
+        return load_checkpoint(Path(init_from))
+    return read_folder(init_from)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""export.py and pretrained.py against transformers, in both directions, and against the files that OpenAI published."""
+"""export.py and huggingface.py against transformers, in both directions, and against OpenAI's published files."""
 
 import hashlib
 import inspect
@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 
-from onenight.pretrained import build_model, resolve_checkpoint
+from onenight.checkpoint import build_model
+from onenight.huggingface import resolve_checkpoint
 from onenight.tokenizer import get_encoding
 
 import hypothesis
