@@ -9,10 +9,12 @@ from onenight.files import first_line
 
 import torch
 import torch.distributed as dist
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 GB = 1e9
 RESERVE = 0.7 * GB  # of a GPU's memory, not available to tensors, assumed: the CUDA context, the allocator's fragments
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets for its processes
+MESSAGE = 1 << 27  # bytes that are summed over the processes at once
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -147,10 +149,13 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensors: list[torch.Tensor]):
-        """Replaces each tensor, in every process, by its sum over all processes."""
-        if self.world_size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+        """Replaces each tensor, in every process, by its sum over all processes. A few large messages are faster than
+        one for each of hundreds of tensors."""
+        for some in _take_tensors(tensors, MESSAGE) if self.world_size > 1 else ():
+            message = _flatten_dense_tensors(some)
+            dist.all_reduce(message)
+            for tensor, total in zip(some, _unflatten_dense_tensors(message, some)):
+                tensor.copy_(total)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is True in any process."""

@@ -300,6 +300,18 @@ def test_many_processes_train_as_one(bins, undisturbed, tmp_path, processes):
             assert one.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-3)  # grows over 45 iterations
 
 
+def test_processes_sum_in_a_few_messages(monkeypatch):
+    """Tensors of several shapes and types, with messages of 400 bytes: each is added to its like, here to itself."""
+    sent, shapes = [], [(3, 30), (7,), (), (20, 20), (50,), (2, 3, 4)]
+    monkeypatch.setattr("onenight.device.MESSAGE", 400)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: sent.append(tensor.numel()) or tensor.mul_(2))
+    tensors = [torch.rand(shape, dtype=dtype) for shape in shapes for dtype in (torch.float32, torch.float64)]
+    expected = [2 * tensor for tensor in tensors]
+    Ranks(world_size=2).sum(tensors)
+    assert all(torch.equal(tensor, double) for tensor, double in zip(tensors, expected))
+    assert len(sent) < len(tensors) and sum(sent) == sum(tensor.numel() for tensor in tensors)
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(bins, tmp_path):
     result = torchrun(3, bins, tmp_path)
     assert result.returncode != 0 and "cannot be shared by 3 processes" in " ".join(result.stderr.split())
