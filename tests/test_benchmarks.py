@@ -68,7 +68,7 @@ def test_both_are_measured_and_the_figures_saved(bins, tmp_path):
 
 
 def test_a_measurement_that_fails_is_one_sentence(tmp_path):
-    assert_one_sentence(bench(tmp_path / "nowhere"), "no such file")
+    assert_one_sentence(bench(tmp_path / "nowhere"), "No such file")
 
 
 CHANGES = runpy.run_path(ROOT / "benchmarks/recipe/changes.py")
