@@ -1,4 +1,4 @@
-"""train.py --hours: runs that end in time, here of ten seconds, also when stopped, resumed or disturbed."""
+"""train.py --hours: runs that end in time, here of twenty seconds, also when stopped, resumed or disturbed."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import TINY, load, start_training, train, wait_for_line
 
-SECONDS = 10
+SECONDS = 20
 HOURS = SECONDS / 3600
 SHARED = 0.3  # runs this short, with other tests beside them: see benchmarks/LOG.md
 # Small micro-batches, so that an iteration takes long enough to be steady; an evaluation every few seconds.
