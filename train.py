@@ -65,30 +65,29 @@ def main(arguments: list[str]):
     del checkpoint  # as large as the run's own, which need not stay in memory
     if config.hours:
         trainer.config = open_ended(config, trainer.progress)
-    progress = trainer.progress
+    progress, pace = trainer.progress, Pace(trainer, ceiling, started)
     if config.eval_only:
-        train_loss, val_loss = trainer.evaluate(trainer.train_tokens), trainer.evaluate(trainer.val_tokens)
-        print(f"step {progress.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        evaluate(trainer, None, pace, out_dir)
     elif progress.iter_num >= trainer.config.max_iters and progress.evaluated_iter == progress.iter_num:
         print(f"this run is finished (iter {progress.iter_num:,}); a larger --max_iters would extend it")
     else:
         with lock_folder(out_dir) if ranks.is_first else contextlib.nullcontext():
-            run(trainer, Pace(trainer, ceiling, started), out_dir)
+            run(trainer, pace, out_dir)
     ranks.stop()
 
 
 def resume(trainer: Trainer, checkpoint: dict):
     """Continues from the checkpoint, and prints which settings changed. Raises SystemExit if the data are others."""
     config = trainer.config
-    new_data = checkpoint.get("data", trainer.data) != trainer.data
-    if new_data and not config.allow_new_data:
-        raise SystemExit(
-            f"{config.data_dir}: train.bin is not the one that this run began with ({checkpoint['data']['tokens']:,} "
-            f"tokens then, {trainer.data['tokens']:,} now); put it back, or continue with the new one: --allow_new_data"
-        )
+    if checkpoint.get("data", trainer.data) != trainer.data:
+        if not config.allow_new_data:
+            then, now = checkpoint["data"]["tokens"], trainer.data["tokens"]
+            raise SystemExit(
+                f"{config.data_dir}: train.bin is not the one that this run began with ({then:,} tokens then, {now:,} "
+                "now); put it back, or continue with the new one: --allow_new_data"
+            )
+        checkpoint["position"] = 0
     trainer.restore(checkpoint)
-    if new_data:
-        trainer.progress.position = 0
     print(f"resuming at iter {trainer.progress.iter_num:,}, best val loss {trainer.progress.best_val_loss:.4f}")
     before, own = checkpoint.get("config", {}), {"init_from", "out_dir", "eval_only", "allow_new_data"}
     if config.hours:  # which has its own say on these
@@ -100,15 +99,10 @@ def resume(trainer: Trainer, checkpoint: dict):
 
 def run(trainer: Trainer, pace: Pace, out_dir: Path):
     """Opens the output files, trains, and prints how it ended."""
-    config, metrics = trainer.config, None
+    metrics = None
     if trainer.ranks.is_first:  # the other processes write nothing
         check_space(out_dir, trainer.model.get_num_params(non_embedding=False))
-        wandb_run = None
-        if config.wandb_log:
-            name, wandb_id = config.wandb_run_name, trainer.progress.wandb_id
-            wandb_run = start_wandb(config.wandb_project, name, wandb_id, asdict(config), out_dir)
-            trainer.progress.wandb_id = wandb_run.id if wandb_run else ""
-        metrics = Metrics(out_dir, wandb_run)
+        metrics = Metrics(out_dir, start_wandb(trainer, out_dir) if trainer.config.wandb_log else None)
         metrics.truncate(trainer.progress.iter_num, trainer.progress.evaluated_iter)
     stop = StopSignal()
     trainer.stop_asked = lambda: stop.asked
@@ -117,7 +111,8 @@ def run(trainer: Trainer, pace: Pace, out_dir: Path):
     except KeyboardInterrupt:
         print("stopped at once; --init_from=resume continues from the last checkpoint")
         raise SystemExit(130) from None
-    print(f"{ending}\n{summary(trainer, pace)}")
+    print(ending)
+    print_summary(trainer, pace)
     print(f"loss picture: {out_dir / 'loss.png'}")
 
 
@@ -170,19 +165,18 @@ def evaluate(trainer: Trainer, metrics: Metrics | None, pace: Pace, out_dir: Pat
     if improved:
         progress.best_val_loss, progress.best_iter = val_loss, progress.iter_num
     if metrics:
-        rates = learning_rates(config, schedule(config, progress.iter_num))
-        record = {"iter": progress.iter_num, "tokens": progress.iter_num * config.tokens_per_iter, "val_loss": val_loss}
-        record |= {"train_loss_eval": train_loss, **rates, "elapsed_s": pace.elapsed()}
+        record = {"val_loss": val_loss, "train_loss_eval": train_loss, "elapsed_s": pace.elapsed()}
+        record |= learning_rates(config, schedule(config, progress.iter_num))
         if text := trainer.sample():
             print(f"sample: {text}")
             record["sample"] = text
-        metrics.write(**record)
+        metrics.write(iter=progress.iter_num, tokens=progress.iter_num * config.tokens_per_iter, **record)
         metrics.draw()
         if improved and progress.iter_num:
             save_checkpoint(out_dir / BEST, trainer.sampling_checkpoint())
     if improved and progress.iter_num and not config.always_save_checkpoint:
         save(trainer, metrics, pace, out_dir)
-    pace.add_eval(time.monotonic() - started)
+    pace.evals, pace.eval_s = pace.evals + 1, time.monotonic() - started
 
 
 def log(trainer: Trainer, metrics: Metrics | None, lr_share: float, loss: float, pace: Pace):
@@ -192,9 +186,10 @@ def log(trainer: Trainer, metrics: Metrics | None, lr_share: float, loss: float,
     record |= learning_rates(trainer.config, lr_share)
     line = f"iter {iter_num}: loss {loss:.4f}, time {pace.last_s * 1000:.2f}ms"
     if seconds := pace.s_per_iter():
-        record |= {"tokens_per_s": round(pace.tokens_per_s(seconds)), "mfu": round(pace.mfu(seconds), 4)}
-        mfu = f"{record['mfu']:.1%}" if record["mfu"] <= 1 else "unknown (the machine was busy when it was measured)"
-        line += f", {record['tokens_per_s']:,} tokens/s, mfu {mfu}, ETA {duration(pace.eta())}"
+        tokens_per_s, mfu = pace.speed(seconds)
+        record |= {"tokens_per_s": round(tokens_per_s), "mfu": round(mfu, 4)}
+        share = f"{mfu:.1%}" if mfu <= 1 else "unknown (the machine was busy when it was measured)"
+        line += f", {tokens_per_s:,.0f} tokens/s, mfu {share}, ETA {duration(pace.eta())}"
     allocated, reserved = peak_memory_gb(trainer.device)
     if allocated:
         record |= {"peak_memory_gb": round(allocated, 2), "peak_reserved_gb": round(reserved, 2)}
@@ -225,10 +220,7 @@ def go_back(trainer: Trainer, metrics: Metrics | None, out_dir: Path, went_back_
         raise SystemExit(f"{what} at iter {now.iter_num}, before any checkpoint; try {advice}")
     checkpoint = load_latest(out_dir)
     if went_back_to[-ROLLBACKS:] == [checkpoint["iter_num"]] * ROLLBACKS:
-        raise SystemExit(
-            f"{what} at iter {now.iter_num}, also after going back {ROLLBACKS} times; try {advice}; "
-            f"{out_dir / LATEST} is good"
-        )
+        raise SystemExit(f"{what} again at iter {now.iter_num}; try {advice}; {out_dir / LATEST} is good")
     went_back_to.append(checkpoint["iter_num"])
     if trainer.half_updated:
         trainer.halve_micro_batch()
@@ -240,22 +232,19 @@ def go_back(trainer: Trainer, metrics: Metrics | None, out_dir: Path, went_back_
     print(f"{what}: back to iter {trainer.progress.iter_num}, with other data ahead")
 
 
-def summary(trainer: Trainer, pace: Pace) -> str:
+def print_summary(trainer: Trainer, pace: Pace):
     """The run in `key: value` lines."""
     progress = trainer.progress
-    lines = [
-        f"iterations: {progress.iter_num:,}",
-        f"tokens: {progress.iter_num * trainer.config.tokens_per_iter:,}",
-        f"epochs: {trainer.epoch:.2f}",
-        f"best_val_loss: {progress.best_val_loss:.4f} at iter {progress.best_iter:,}",
-        f"skipped_iterations: {progress.skipped_iters}",
-        f"time: {duration(pace.elapsed())}",
-    ]
-    if pace.counted:
-        lines += [f"tokens_per_s: {pace.tokens_per_s(pace.counted_s / pace.counted):,.0f}"]
+    print(f"iterations: {progress.iter_num:,}")
+    print(f"tokens: {progress.iter_num * trainer.config.tokens_per_iter:,}")
+    print(f"epochs: {trainer.epoch:.2f}")
+    print(f"best_val_loss: {progress.best_val_loss:.4f} at iter {progress.best_iter:,}")
+    print(f"skipped_iterations: {progress.skipped_iters}")
+    print(f"time: {duration(pace.elapsed())}")
+    if pace.counted > 0:
+        print(f"tokens_per_s: {pace.speed(pace.counted_s / pace.counted)[0]:,.0f}")
     if memory := peak_memory_gb(trainer.device)[0]:
-        lines += [f"peak_memory_gb: {memory:.2f}"]
-    return "\n".join(lines)
+        print(f"peak_memory_gb: {memory:.2f}")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ if sys.platform == "linux":
 
 def exit_on_interrupt(kind, error, traceback):
     """The excepthook of the scripts."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt this
-    sys.stdout.flush()
-    os._exit(130)
+    if issubclass(kind, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt this
+        sys.stdout.flush()
+        os._exit(130)
+    sys.__excepthook__(kind, error, traceback)
 
 
 script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")

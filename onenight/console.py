@@ -13,21 +13,18 @@ class Output:
         self.stream = stream
 
     def write(self, text: str):
-        try:
-            self.stream.write(text)
-        except (OSError, ValueError):
-            self.silence()
+        self.attempt(self.stream.write, text)
 
     def flush(self):
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.silence()
+        self.attempt(self.stream.flush)
 
-    def silence(self):
-        """Sends everything from now on, and what is still buffered, to nowhere."""
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    def attempt(self, action, *arguments):
+        """Calls it; if it fails, sends everything from now on, and what is still buffered, to nowhere."""
+        try:
+            action(*arguments)
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

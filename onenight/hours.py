@@ -1,13 +1,15 @@
 """A run of a given number of hours: the iterations and the decay of the learning rate follow from the speed that the
 machine turns out to have."""
 
+import bisect
 import time
 from dataclasses import replace
 
-from onenight.metrics import MAX_ITERS, Pace
+from onenight.metrics import Pace
 from onenight.train_config import TrainConfig
 from onenight.trainer import Progress, Trainer
 
+MAX_ITERS = 10**9  # more than any run has
 MEASURED_ITERS, MEASURED_SHARE = 10, 0.01  # a speed counts after so many iterations and this share of the hours
 
 
@@ -46,7 +48,8 @@ def decide_length(trainer: Trainer, pace: Pace):
     last = progress.decisions and measured and progress.iter_num >= decay_start(config, progress)
     if not trainer.ranks.from_first(first or last):
         return
-    left = round(trainer.ranks.from_first(pace.iters_within(hours_s - pace.elapsed())))
+    left = max(1, bisect.bisect_right(range(1, MAX_ITERS), hours_s - pace.elapsed(), key=pace.seconds_for))
+    left = round(trainer.ranks.from_first(left))
     progress.max_iters, progress.hours = progress.iter_num + left, config.hours
     progress.warmdown_iters = left if progress.decisions else round(share * progress.max_iters)
     progress.decisions += 1

@@ -44,15 +44,6 @@ class Progress:
     max_iters: int = 0
     warmdown_iters: int = 0
 
-    @classmethod
-    def of(cls, checkpoint: dict, windows_per_iter: int) -> "Progress":
-        """What a checkpoint of this project or of nanoGPT tells."""
-        progress = cls(**{field.name: checkpoint[field.name] for field in fields(cls) if field.name in checkpoint})
-        progress.best_val_loss = float(progress.best_val_loss)  # a tensor in nanoGPT's
-        if "position" not in checkpoint:
-            progress.position = progress.iter_num * windows_per_iter
-        return progress
-
 
 def model_args(config: TrainConfig, checkpoint: dict | None = None) -> dict:
     """The model's shape, as GPTConfig takes it, with the vocabulary of the checkpoint to start from, or else that of
@@ -66,9 +57,8 @@ def model_args(config: TrainConfig, checkpoint: dict | None = None) -> dict:
 
 
 class Trainer:
-    """Trains a new model, with the weights of `checkpoint` if there is one. The windows of each
-    iteration are shared by the `ranks`: this process takes every world_size-th. Raises SystemExit if there is no data
-    that fits the shape, the windows cannot be shared, or the weights have another shape."""
+    """Trains a new model, with the weights of `checkpoint` if given. This process takes every world_size-th window of
+    an iteration. Raises SystemExit if the data, the weights or the number of processes do not fit the config."""
 
     def __init__(self, config: TrainConfig, device: torch.device, dtype: str, ranks: Ranks, checkpoint=None):
         self.config, self.device, self.dtype, self.ranks = config, device, dtype, ranks
@@ -83,11 +73,10 @@ class Trainer:
         self.windows_per_iter = config.batch_size * config.gradient_accumulation_steps
         self.batch_size = self.largest_micro_batch(config.batch_size)
 
-        self.model = GPT(GPTConfig(**self.model_args))
+        self.model = GPT(GPTConfig(**self.model_args)).to(device)
         if checkpoint:
             source = config.out_dir if config.init_from == "resume" else config.init_from
             load_weights(self.model, checkpoint["model"], source)
-        self.model.to(device)
         self.compiled_model = compile_model(self.model) if config.compile else self.model
         self.optimizers = make_optimizers(self.model, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
@@ -117,8 +106,7 @@ class Trainer:
 
     def step(self, lr_share: float = 1.0) -> float:
         """One iteration: the gradient over all micro-batches, clipped, and the update, with each learning rate at that
-        share of its peak. Returns the mean loss. If the loss or the gradient is not finite there is no update. Raises
-        Stopped."""
+        share of its peak; no update if loss or gradient is not finite. Returns the mean loss. Raises Stopped."""
         for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
             group["lr"] = lr_share * group["peak_lr"]
         loss = self.within_memory(self.forward_backward)
@@ -132,6 +120,7 @@ class Trainer:
     def forward_backward(self) -> float:
         """The gradient of the mean loss over the iteration's windows, micro-batch by micro-batch. Returns that loss."""
         ranks, share = self.ranks, self.batch_size / self.windows_per_iter
+        self.model.train()  # after evaluate() or sample()
         self.model.zero_grad(set_to_none=True)
         # Dropout depends on the seed and the iteration only, so that a resumed run draws what it would have drawn.
         seeds = np.random.SeedSequence([self.config.seed, self.progress.iter_num, ranks.rank])
@@ -172,21 +161,16 @@ class Trainer:
     def agree_to_stop(self):
         """Raises Stopped in every process if one of them was asked to stop."""
         if self.ranks.any(self.stop_asked()):
-            self.model.zero_grad(set_to_none=True)
             raise Stopped
 
     @torch.no_grad()
     def evaluate(self, tokens) -> float:
-        """Mean loss over the fixed pass through `tokens`, every token with equal weight; draws no random number. Raises
-        Stopped."""
+        """Mean loss over the fixed pass through `tokens`, every token with equal weight. Raises Stopped."""
         self.model.eval()
-        try:
-            return self.within_memory(lambda: self.mean_loss(tokens))
-        finally:
-            self.model.train()
+        return self.within_memory(lambda: self.mean_loss(tokens))
 
     def mean_loss(self, tokens) -> float:
-        """evaluate() without its care for mode and memory."""
+        """evaluate() as long as memory suffices."""
         total, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         max_tokens = self.config.eval_iters * EVAL_TOKENS
         for x, y in eval_batches(tokens, self.config.block_size, self.batch_size, max_tokens, self.device, self.ranks):
@@ -220,10 +204,9 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-        print(
-            f"out of memory: going on with --batch_size={self.batch_size} --gradient_accumulation_steps="
-            f"{self.windows_per_iter // self.batch_size}, which is the same training"
-        )
+        steps = self.windows_per_iter // self.batch_size
+        sizes = f"--batch_size={self.batch_size} --gradient_accumulation_steps={steps}"
+        print(f"out of memory: going on with {sizes}, which is the same training")
 
     def sample(self) -> str:
         """A line of text by the model as it is; '' if its vocabulary is not GPT-2's, or at an error, with a message."""
@@ -235,8 +218,6 @@ class Trainer:
         except Exception as error:
             print(f"no sample: {first_line(error)}")
             return ""
-        finally:
-            self.model.train()
 
     def weights_are_finite(self) -> bool:
         return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
@@ -267,5 +248,7 @@ class Trainer:
         load_optimizers(self.optimizers, checkpoint, self.config.out_dir)
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.progress = Progress.of(checkpoint, self.windows_per_iter)
+        told = {"position": checkpoint.get("iter_num", 0) * self.windows_per_iter, **checkpoint}  # nanoGPT's has none
+        self.progress = Progress(**{field.name: told[field.name] for field in fields(Progress) if field.name in told})
+        self.progress.best_val_loss = float(self.progress.best_val_loss)  # a tensor in nanoGPT's
         self.skipped_in_row, self.half_updated = 0, False

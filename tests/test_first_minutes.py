@@ -128,4 +128,5 @@ def test_a_sample_that_fails_is_a_line(text_bins, monkeypatch, capsys):
     trainer = make_trainer(text_bins, **SMALL)
     monkeypatch.setattr("onenight.trainer.begin_document", lambda *arguments: 1 / 0)
     assert trainer.sample() == "" and "no sample: division by zero" in capsys.readouterr().out
+    trainer.step()
     assert trainer.model.training
