@@ -14,12 +14,11 @@ from pathlib import Path
 from onenight.checkpoint import build_model, newest_run
 from onenight.console import set_up_output
 from onenight.device import DTYPES
-from onenight.files import duration, first_line, make_folder, rename
-from onenight.huggingface import import_transformers, merges, resolve_checkpoint, to_transformers, vocabulary
+from onenight.files import duration, first_line, rename
+from onenight.huggingface import make_tokenizer, resolve_checkpoint, to_transformers
 from onenight.metrics import read_metrics
 
 from configurator import configure, setting
-from model import GPT
 
 CARD = """\
 ---
@@ -29,8 +28,12 @@ pipeline_tag: text-generation
 
 # {name}
 
-A language model of {millions:.0f}M parameters, a {architecture} with GPT-2's tokenizer: {shape}.
-{training}
+A language model of {millions:.0f}M parameters, a {architecture} with GPT-2's tokenizer.
+
+| | |
+|---|---|
+{table}
+
 ```python
 from transformers import pipeline
 
@@ -40,6 +43,10 @@ print(write("Once upon a time", max_new_tokens=100)[0]["generated_text"])
 
 Made with One-night GPT.
 """
+SETTINGS = (
+    "optimizer", "learning_rate", "embedding_lr", "head_lr", "vector_lr", "min_lr", "warmup_iters", "warmdown_iters",
+    "weight_decay", "beta1", "beta2", "dropout",
+)  # fmt: skip
 
 
 @dataclass
@@ -49,14 +56,12 @@ class ExportConfig:
     export_dir: str = setting("", "the folder to write, which must not exist yet", path=True)
     dtype: str = setting("float32", "number format of the weights", choices=tuple(DTYPES))
 
-    def __post_init__(self):
-        if not self.export_dir:
-            raise ValueError("--export_dir=FOLDER is missing: where to write")
-
 
 def main(arguments: list[str]):
     set_up_output("stdout", "stderr")
     config = configure(ExportConfig, arguments, __doc__)
+    if not config.export_dir:
+        raise SystemExit("--export_dir=FOLDER is missing: where to write")
     target = Path(config.export_dir)
     if target.exists():
         raise SystemExit(f"{target} exists already; delete it, or choose another --export_dir")
@@ -65,46 +70,35 @@ def main(arguments: list[str]):
     checkpoint = resolve_checkpoint(config.init_from, run_dir)
     model = build_model(checkpoint, str(run_dir) if resume else config.init_from)
     theirs = to_transformers(model, DTYPES[config.dtype])
-    tokenizer = import_transformers().GPT2Tokenizer(
-        vocab=vocabulary(), merges=[*merges()], model_max_length=model.config.block_size
-    )
-    card = model_card(target.name, checkpoint, read_metrics(run_dir / "metrics.jsonl"), model, type(theirs).__name__)
-    write_folder(target, theirs, tokenizer, card)
+    card = model_card(target.name, theirs, checkpoint, read_metrics(run_dir / "metrics.jsonl"))
+    write_folder(target, theirs, make_tokenizer(model.config.block_size), card)
     print(f"{target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
 
 
-def model_card(name: str, checkpoint: dict, records: list[dict], model: GPT, architecture: str) -> str:
-    """README.md: the model, how it was trained according to checkpoint and metrics, and how to load it."""
-    shape, config, iter_num = model.config, checkpoint.get("config", {}), checkpoint.get("iter_num", 0)
-    training = {}
+def model_card(name: str, model, checkpoint: dict, records: list[dict]) -> str:
+    """README.md: transformers' model, how it was trained according to checkpoint and metrics, and how to load it."""
+    shape, config, iter_num = checkpoint["model_args"], checkpoint.get("config", {}), checkpoint.get("iter_num", 0)
+    table = {"shape": "{n_layer} layers, {n_head} heads, {n_embd} wide, context {block_size:,} tokens".format(**shape)}
     if {"dataset", "batch_size", "gradient_accumulation_steps"} <= config.keys():
-        per_iter = config["gradient_accumulation_steps"] * config["batch_size"] * shape.block_size
-        training["data"] = Path(config["dataset"]).name
-        training["iterations"] = f"{iter_num:,} of {per_iter:,} tokens, {iter_num * per_iter:,} in all"
-        keys = (
-            "optimizer", "learning_rate", "embedding_lr", "head_lr", "vector_lr", "min_lr", "warmup_iters",
-            "warmdown_iters", "weight_decay", "beta1", "beta2", "dropout",
-        )  # fmt: skip
-        training["settings"] = ", ".join(f"{key} {config[key]}" for key in keys if config.get(key))  # 0: without it
+        per_iter = config["gradient_accumulation_steps"] * config["batch_size"] * shape["block_size"]
+        table["data"] = Path(config["dataset"]).name
+        table["iterations"] = f"{iter_num:,} of {per_iter:,} tokens, {iter_num * per_iter:,} in all"
+        table["settings"] = ", ".join(f"{key} {config[key]}" for key in SETTINGS if config.get(key))  # 0: without it
     evals = [record for record in records if "val_loss" in record and record["iter"] <= iter_num]
     if evals:
-        training["val loss"] = f"{evals[-1]['val_loss']:.4f} nats per token at iteration {evals[-1]['iter']:,}"
-        training["time"] = duration(evals[-1]["elapsed_s"])
+        table["val loss"] = f"{evals[-1]['val_loss']:.4f} nats per token at iteration {evals[-1]['iter']:,}"
+        table["time"] = duration(evals[-1]["elapsed_s"])
     if math.isfinite(best := float(checkpoint.get("best_val_loss", math.inf))):
-        training["best val loss"] = f"{best:.4f}"
-    rows = "\n".join(f"| {key} | {value} |" for key, value in training.items())
-    table = f"\n| training | |\n|---|---|\n{rows}\n" if training else ""
-    size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, context {shape.block_size:,} tokens"
-    millions = model.get_num_params() / 1e6
-    return CARD.format(name=name, millions=millions, architecture=architecture, shape=size, training=table)
+        table["best val loss"] = f"{best:.4f}"
+    rows = "\n".join(f"| {key} | {value} |" for key, value in table.items())
+    millions, architecture = model.num_parameters() / 1e6, type(model).__name__
+    return CARD.format(name=name, millions=millions, architecture=architecture, table=rows)
 
 
 def write_folder(target: Path, model, tokenizer, card: str):
-    """Writes transformers' model and tokenizer and the model card to a temporary folder, then renames it. Raises
-    SystemExit if they cannot be written."""
+    """Writes transformers' model and tokenizer and the card to another folder, then renames it. Raises SystemExit."""
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    make_folder(temporary)
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

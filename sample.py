@@ -59,7 +59,7 @@ def main(arguments: list[str]):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may not have every character
     config = configure(SampleConfig, arguments, __doc__)
-    step = None
+    n_samples, step = 1 if config.interactive else config.num_samples, None
     with contextlib.redirect_stdout(sys.stderr):
         device, dtype, compiled = set_up_device(config.device, config.dtype, config.compile)
         name = (config.out_dir or newest_run()) if config.init_from == "resume" else config.init_from
@@ -68,12 +68,14 @@ def main(arguments: list[str]):
             torch._inductor.config.triton.cudagraphs = True  # on a GPU: one launch per token instead of hundreds
             step = compile_model(model)
         elif device.type == "cpu":
-            pack_matrices(model, 1 if config.interactive else config.num_samples)
+            pack_matrices(model, n_samples)
+    ask = functools.partial(input, "> " if sys.stdin.isatty() else "")
     try:
-        prompts = ask() if config.interactive else [read_prompt(config.start)]
+        prompts = iter(ask, None) if config.interactive else [read_prompt(config.start)]
         for number, prompt in enumerate(prompts):
-            samples = range(number, number + 1) if config.interactive else range(config.num_samples)
-            write_samples(model, step, config, dtype, prompt, samples)
+            write_samples(model, step, config, dtype, prompt, range(number, number + n_samples))
+    except EOFError:
+        pass  # no more prompts
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
@@ -89,99 +91,72 @@ def read_prompt(start: str) -> str:
         if start == "-":
             content = sys.stdin.buffer.read()
         elif name != start:
-            content = Path(name).expanduser().read_bytes()
-    except (OSError, RuntimeError) as error:  # the latter for the home of an unknown user
+            content = Path(os.path.expanduser(name)).read_bytes()
+    except OSError as error:
         raise SystemExit(f"{name}: the prompt cannot be read ({error})") from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise SystemExit(f"{name}: the prompt is in UTF-16; save it as UTF-8")
     return content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
-def ask() -> Iterator[str]:
-    """Yields the prompts that the user types, until the input ends."""
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-
-
 def write_samples(model: GPT, step, config: SampleConfig, dtype: str, start: str, samples: range):
-    """Writes samples of one prompt to stdout, drawn all at once, or as many at once as fit in memory. Raises SystemExit
-    if not even one does."""
+    """Writes samples of one prompt, as many at once as fit in memory. Raises SystemExit if not even one does."""
     prompt = [id for part in start.split(EOT_TEXT) for id in (EOT, *encode_document(part).tolist())][1:] or [EOT]
     block_size = model.config.block_size
     if len(prompt) + config.max_new_tokens > block_size:
         say_once(f"the model sees {block_size} tokens; then it continues from the last {max(1, block_size // 2)}")
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
-    started, n_tokens, page, batches = time.perf_counter(), 0, Page(samples.start), [samples]
-    while batches:
-        batch = batches.pop(0)
+    page, done, at_once = Page(start, samples.start), 0, len(samples)
+    started, n_tokens = time.perf_counter(), 0
+    while batch := samples[done : done + at_once]:
         try:
             uniforms = draw_uniforms(config.seed, batch, config.max_new_tokens)
             tokens = generate(model, prompt, uniforms, sampling, dtype, step)
-            n_tokens += write_batch(tokens, batch, start, page, config.stop)
+            n_tokens += page.write(tokens, batch, config.stop)
+            done += len(batch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise SystemExit("out of memory with a single sample; try a smaller --max_new_tokens or prompt")
-            half = len(batch) // 2
-            batches[:0] = [batch[:half], batch[half:]]
-            print(f"out of memory with {len(batch)} samples at once: going on with {half}", file=sys.stderr)
+            at_once = len(batch) // 2
+            print(f"out of memory with {len(batch)} samples at once: going on with {at_once}", file=sys.stderr)
     seconds = time.perf_counter() - started
     print(f"{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
-def write_batch(tokens: Iterator[list[int]], samples: range, start: str, page: "Page", stop: bool) -> int:
-    """Writes the samples token by token, each after `start`. Returns the number of tokens."""
-    n_tokens, texts = 0, {sample: Text(start) for sample in samples}
-    page.show(texts)
-    for ids in tokens:
-        for text, token in zip(texts.values(), ids):
-            if not text.ended:
-                n_tokens += 1
-                text.add(token, stop)
-        page.show(texts)
-        if all(text.ended for text in texts.values()):
-            break
-    for text in texts.values():
-        text.end()
-    page.show(texts)
-    return n_tokens
-
-
-class Text:
-    """A sample as it grows. The bytes of an incomplete character are held back until it is complete."""
-
-    def __init__(self, start: str):
-        self.text, self.ended = start, False
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token: int, stop: bool):
-        if stop and token == EOT:
-            self.end()
-        else:
-            self.text += self.decoder.decode(get_encoding().decode_single_token_bytes(token))
-
-    def end(self):
-        self.text += self.decoder.decode(b"", final=True)
-        self.ended = True
-
-
 class Page:
-    """Writes samples to stdout in their order, with a line of dashes after each."""
+    """Samples of one prompt on stdout, one below the other, each with a line of dashes after it."""
 
-    def __init__(self, first: int):
-        self.sample, self.shown = first, 0  # the sample being written, and how many characters of it are out
+    def __init__(self, start: str, first: int):
+        self.start = start.encode(errors="replace")
+        self.sample, self.shown = first, 0  # the one being written, and how many of its bytes are out
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back an incomplete character
 
-    def show(self, texts: dict[int, Text]):
-        """Writes the new text of the current sample; when it has ended, the next sample with all its text so far."""
+    def write(self, tokens: Iterator[list[int]], samples: range, stop: bool) -> int:
+        """Writes the samples, but not again what an earlier attempt has written. Returns the number of tokens."""
+        texts, growing, n_tokens = {sample: bytearray(self.start) for sample in samples}, set(samples), 0
+        self.show(texts, growing)
+        for ids in tokens:
+            n_tokens += len(growing)
+            for sample, token in zip(samples, ids):
+                if stop and token == EOT:
+                    growing.discard(sample)
+                elif sample in growing:
+                    texts[sample] += get_encoding().decode_single_token_bytes(token)
+            self.show(texts, growing)
+            if not growing:
+                break
+        self.show(texts, growing=set())
+        return n_tokens
+
+    def show(self, texts: dict[int, bytearray], growing: set[int]):
+        """Writes the new text of the current sample; when it has ended, the next one with all its text so far."""
         while self.sample in texts:
-            sample = texts[self.sample]
-            print(sample.text[self.shown :], end="", flush=True)
-            self.shown = max(self.shown, len(sample.text))
-            if not sample.ended:
+            text, ended = texts[self.sample], self.sample not in growing
+            print(self.decoder.decode(text[self.shown :], final=ended), end="", flush=True)
+            self.shown = max(self.shown, len(text))
+            if not ended:
                 return
             print("\n---------------", flush=True)
             self.sample, self.shown = self.sample + 1, 0

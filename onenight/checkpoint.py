@@ -1,14 +1,10 @@
-"""
-Checkpoints: nanoGPT's fields in files that torch.load(weights_only=True) reads, replaced atomically; and their models.
-
-out_dir/ckpt.pt is the latest, with everything needed to resume; ckpt-previous.pt the one before, in case the latest is
-damaged; best.pt the weights with the lowest val loss.
-"""
+"""Checkpoints, and the models in them: nanoGPT's fields in files that torch.load(weights_only=True) reads, replaced
+atomically. ckpt.pt is the latest, with everything needed to resume; ckpt-previous.pt the one before, in case the latest
+is damaged; best.pt the weights with the lowest val loss."""
 
 import contextlib
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 from onenight.device import DTYPES
@@ -73,10 +69,8 @@ def load_checkpoint(path: Path) -> dict:
         raise SystemExit(f"{path}: no such checkpoint{where(path)}; train one, or name its folder with --out_dir=")
     except Exception as error:  # a damaged pickle raises anything
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise SystemExit(
-                f"{path}: holds something other than plain values and tensors ({refused[1]}); save it again without, "
-                "for example with float(x) for a NumPy number x"
-            )
+            what = f"something other than plain values and tensors ({refused[1]})"
+            raise SystemExit(f"{path}: holds {what}; save it again without, a NumPy number x as float(x)")
         raise SystemExit(f"{path}: damaged, or not a checkpoint ({first_line(error)})")
     fields = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else [None]
     if not all(isinstance(field, dict) for field in fields):
@@ -102,7 +96,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], name:
     model.load_state_dict(weights)
 
 
-def check_keys(name: str, missing: Iterable[str], unexpected: Iterable[str], shapes: dict):
+def check_keys(name: str, missing: set[str], unexpected: set[str], shapes: dict):
     """Raises SystemExit, naming the first three, if the weights of `name` lack a tensor that its shape needs, or have
     one more, or one of another shape."""
     faults = [f"no {key}" for key in sorted(missing)] + [f"an unknown {key}" for key in sorted(unexpected)]
@@ -113,9 +107,8 @@ def check_keys(name: str, missing: Iterable[str], unexpected: Iterable[str], sha
 
 
 def build_model(checkpoint: dict, name: str, dtype: str = "float32") -> GPT:
-    """The model of a checkpoint, called `name` in errors, ready to generate GPT-2's tokens. Its large matrices are in
-    `dtype`, because autocast would otherwise convert them again for every token. Raises SystemExit if weights and shape
-    do not match."""
+    """The model of a checkpoint, called `name` in errors, ready to generate. Its large matrices are in `dtype`: else
+    autocast would convert them again for every token. Raises SystemExit if weights, shape or vocabulary do not fit."""
     try:
         model = GPT(GPTConfig(**checkpoint["model_args"]))
     except (TypeError, ValueError) as error:
@@ -159,12 +152,9 @@ def check_shape(shape: dict, saved: dict, source: str, resumes: bool):
 
 def check_space(out_dir: Path, parameters: int):
     """Raises SystemExit if the disk of out_dir has no room for a run's checkpoints, in float32: the latest, the one
-    before and the next, each with two moments for every weight, and the best weights, also twice while written."""
+    before and the next, each with two moments for every weight, and the best weights, twice while they are written."""
     needed = (3 * 3 + 2) * 4 * parameters
     reusable = sum((out_dir / name).stat().st_size for name in (LATEST, PREVIOUS, BEST) if (out_dir / name).exists())
     free = shutil.disk_usage(out_dir).free + reusable
     if free < needed:
-        raise SystemExit(
-            f"{out_dir}: the checkpoints of this run take up to {needed / 1e9:.1f} GB, and the disk has "
-            f"{free / 1e9:.1f} GB for them; make room, or choose another --out_dir"
-        )
+        raise SystemExit(f"{out_dir}: checkpoints take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room")

@@ -1,5 +1,5 @@
-"""Text from a model, token by token: prefill() reads the prompt, decode() one more token, draw() chooses the next, and
-generate() combines them. After gpt-fast (https://github.com/meta-pytorch/gpt-fast/blob/main/generate.py)."""
+"""Text from a model, token by token: read() computes what comes next, draw() chooses, and generate() repeats the two.
+After gpt-fast (https://github.com/meta-pytorch/gpt-fast/blob/main/generate.py)."""
 
 import itertools
 from collections.abc import Iterator
@@ -60,43 +60,33 @@ def generate(model: GPT, prompt: list[int], uniforms, sampling: Sampling, dtype:
     begin = max(0, start - block_size)  # where the context begins
     last = None  # the tokens drawn last, not a part of ids, whose strides a compiled step would be bound to
     for end in range(start, stop):
-        if end == start:
-            logits = prefill(model, ids[:1, begin:end], cache, dtype).expand(rows, -1)
+        if end == start:  # the prompt is read once for all rows
+            logits = read(model, ids[:1, begin:end], 0, cache.view(1, end - begin), dtype).expand(rows, -1)
+            for tensor in itertools.chain(*cache.layers):
+                tensor[1:] = tensor[:1]
         elif end - begin > block_size:
             begin = end - max(1, block_size // 2)
-            logits = prefill(model, ids[:, begin:end], cache, dtype)
+            logits = read(model, ids[:, begin:end], 0, cache.view(rows, end - begin), dtype)
         elif step is None:
-            logits = decode(model, last[:, None], end - 1 - begin, cache.view(rows, end - begin), dtype)
+            logits = read(model, last[:, None], end - 1 - begin, cache.view(rows, end - begin), dtype)
         else:
-            logits = decode(step, last[:, None], end - 1 - begin, cache, dtype)
+            logits = read(step, last[:, None], end - 1 - begin, cache, dtype)
         logits = penalize(logits, ids[:, :end], sampling.repetition_penalty)
         ids[:, end] = last = draw(logits, uniforms[:, end - start], sampling)
         yield last.tolist()
 
 
-def begin_document(model: GPT, dtype: str, n_tokens: int = 60) -> str:
+def begin_document(model: GPT, dtype: str) -> str:
     """The beginning of a document, on one line, drawn with the same random numbers at each call."""
-    sampling = Sampling(temperature=0.8, top_k=200)
-    ids = [row[0] for row in generate(model, [EOT], draw_uniforms(0, range(1), n_tokens), sampling, dtype)]
+    ids = [row[0] for row in generate(model, [EOT], draw_uniforms(0, range(1), 60), Sampling(0.8, 200), dtype)]
     return " ".join(get_encoding().decode(ids).partition(EOT_TEXT)[0].split())
 
 
-def prefill(model: GPT, ids, cache: KVCache, dtype: str):
-    """Reads ids, int64 (B, T), at positions 0 to T - 1; a single row is read once for all rows of the cache. Returns
-    the logits of the next token, (B, vocab_size)."""
-    rows, T = ids.shape
+def read(model, ids, begin: int, cache: KVCache, dtype: str):
+    """Reads ids, int64 (B, T), at positions from `begin` on, into a cache of B rows. Returns the logits of the next
+    token, (B, vocab_size)."""
     with autocast(dtype, ids.device):
-        logits, _ = model(ids, cache=cache.view(rows, T), positions=torch.arange(T, device=ids.device))
-    if rows == 1:
-        for keys, values in cache.layers:
-            keys[1:, :, :T], values[1:, :, :T] = keys[:1, :, :T], values[:1, :, :T]
-    return logits[:, -1]
-
-
-def decode(model, ids, position: int, cache: KVCache, dtype: str):
-    """Reads one token for each row, int64 (B, 1), at `position`. Returns the logits of the next, (B, vocab_size)."""
-    with autocast(dtype, ids.device):
-        logits, _ = model(ids, cache=cache, positions=torch.tensor([position], device=ids.device))
+        logits, _ = model(ids, cache=cache, positions=torch.arange(begin, begin + ids.size(1), device=ids.device))
     return logits[:, -1]
 
 
@@ -109,8 +99,8 @@ def penalize(logits, ids, penalty: float):
 
 
 def draw(logits, uniforms, sampling: Sampling):
-    """One id for each row of logits (B, vocab_size): int64 (B,). It is the one whose interval contains the row's number
-    in `uniforms` (B,), when the probabilities are laid end to end in the order of the ids; in the order of their size,
+    """One id for each row of logits (B, vocab_size): int64 (B,). It is the one in whose interval the row's number in
+    `uniforms` (B,) falls when the probabilities are laid end to end, in the order of the ids: in that of their size,
     rounding could swap neighbours. Ids that only pad the vocabulary are never drawn."""
     logits = logits[:, :VOCAB_SIZE].float()
     if sampling.temperature == 0:

@@ -1,10 +1,9 @@
-"""Weights to start from, also those of models as transformers has them: GPT2LMHeadModel and Qwen3ForCausalLM, from ours
-and back. transformers reads and writes the files; here are the shape, the names of the tensors and the tokenizer. The
-package is optional, and imported only where it is used: that takes seconds."""
+"""Weights to start from, and models as transformers has them, GPT2LMHeadModel and Qwen3ForCausalLM, from ours and back.
+transformers reads and writes the files; here are the shape, the names of the tensors and the tokenizer. The package is
+optional, and imported only where it is used: that takes seconds."""
 
-import functools
+import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ COMPUTATION = (  # what else in a config decides what the model computes: GPT-2'
     "add_cross_attention", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps",
     "rope_parameters", "attention_bias", "use_sliding_window", "tie_word_embeddings",
 )  # fmt: skip
-GELUS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # all within 0.0005 of one another
+GELUS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # read as GELU itself, as in nanoGPT: 0.0005 off at most
 QWEN3_NAMES = {  # parts of the tensors' names, ours and theirs
     "transformer.h.": "model.layers.", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
     "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", ".attn.c_proj": ".self_attn.o_proj",
@@ -38,12 +37,9 @@ def resolve_checkpoint(init_from: str, out_dir: Path) -> dict:
     and otherwise a Hugging Face folder or hub name. Only model_args and model are always in it. Raises SystemExit."""
     if init_from == "resume":
         return load_latest(out_dir)
-    if init_from.endswith(".pt"):
-        return load_checkpoint(Path(init_from))
-    return read_folder(init_from)
+    return load_checkpoint(Path(init_from)) if init_from.endswith(".pt") else read_folder(init_from)
 
 
-@functools.cache
 def import_transformers():
     """The package, made to print nothing but errors. Raises SystemExit if it is missing or too old."""
     try:
@@ -94,22 +90,13 @@ def to_transformers(model: GPT, dtype: torch.dtype):
     """transformers' model with our weights in `dtype`, without the padding of the vocabulary."""
     config = to_config(replace(model.config, vocab_size=VOCAB_SIZE))
     theirs = import_transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
-    own = theirs.state_dict()  # its biases are 0, which bias=False lacks
-    weights = {**own}
+    weights = theirs.state_dict()  # its biases are 0, which bias=False lacks
     for name, weight in model.state_dict().items():
         names = their_names(name, config.model_type)
-        weights |= zip(names, turned(name, weight, config.model_type).chunk(len(names)))
-    theirs.load_state_dict({name: weight[: len(own[name])] for name, weight in weights.items()})  # without the padding
+        for key, part in zip(names, turned(name, weight, config.model_type).chunk(len(names))):
+            weights[key].copy_(part[: len(weights[key])])
     theirs.generation_config.pad_token_id = EOT
     return theirs
-
-
-def from_transformers(theirs, model_args: dict) -> dict[str, torch.Tensor]:
-    """The weights of transformers' model by our names."""
-    weights, kind = theirs.state_dict(), model_args["architecture"]
-    with torch.device("meta"):
-        names = GPT(GPTConfig(**model_args)).state_dict()
-    return {name: turned(name, torch.cat([weights[key] for key in their_names(name, kind)]), kind) for name in names}
 
 
 def their_names(name: str, kind: str) -> list[str]:
@@ -129,9 +116,8 @@ def turned(name: str, weight: torch.Tensor, kind: str) -> torch.Tensor:
 
 def read_folder(name: str) -> dict:
     """model_args and model, float32 weights, of the folder `name`, in one or several safetensors files, or of that
-    repository on the Hugging Face hub ('gpt2', 'gpt2-xl'). OpenAI's tanh approximation of GELU is computed as GELU
-    itself, as in nanoGPT: they differ by 0.0005 at most. Raises SystemExit if it cannot be read or fetched, has another
-    architecture or tokenizer, or weights of another shape."""
+    repository on the Hugging Face hub ('gpt2', 'gpt2-xl'). Raises SystemExit if it cannot be read or fetched, has
+    another architecture or tokenizer, or weights of another shape."""
     transformers = import_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -146,7 +132,11 @@ def read_folder(name: str) -> dict:
         raise SystemExit(f"{name}: {source}cannot be read ({first_line(error)})")
     shapes = {key: shape for key, shape, _ in found["mismatched_keys"]}
     check_keys(name, found["missing_keys"], found["unexpected_keys"], shapes)
-    return {"model_args": model_args, "model": from_transformers(model, model_args)}
+    weights, kind = model.state_dict(), config.model_type
+    with torch.device("meta"):
+        names = GPT(GPTConfig(**model_args)).state_dict()
+    ours = {name: turned(name, torch.cat([weights[key] for key in their_names(name, kind)]), kind) for name in names}
+    return {"model_args": model_args, "model": ours}
 
 
 def check_tokenizer(name: str):
@@ -154,13 +144,11 @@ def check_tokenizer(name: str):
     from transformers.utils import cached_file
 
     for file in ("tokenizer.json", "vocab.json"):
-        try:
+        with contextlib.suppress(OSError):  # there is none
             content = json.loads(Path(cached_file(name, file)).read_text(encoding="utf-8"))
-        except OSError:  # there is none
-            continue
-        vocab = content["model"]["vocab"] if file == "tokenizer.json" else content
-        if {EOT_TEXT: EOT, **vocab} != vocabulary():
-            raise SystemExit(f"{name}: its {file} is not GPT-2's, which this program uses")
+            vocab = content["model"]["vocab"] if file == "tokenizer.json" else content
+            if {EOT_TEXT: EOT, **vocab} != vocabulary():
+                raise SystemExit(f"{name}: its {file} is not GPT-2's, which this program uses")
 
 
 def vocabulary() -> dict[str, int]:
@@ -171,14 +159,15 @@ def vocabulary() -> dict[str, int]:
     return {"".join(map(spelling.get, token)): rank for token, rank in read_ranks().items()} | {EOT_TEXT: EOT}
 
 
-def merges() -> Iterator[tuple[str, str]]:
-    """Yields the two parts that each token was merged from, in the order of the merges: byte pair encoding applied to
-    its bytes, up to the last merge."""
-    vocab = vocabulary()
+def make_tokenizer(max_tokens: int):
+    """transformers' GPT-2 tokenizer. Its merges are, in the order of their ranks, the two parts that each token was
+    merged from: those to which byte pair encoding leads from its bytes, up to the last merge."""
+    vocab, merges = vocabulary(), []
     for token in list(vocab)[:EOT]:
         parts = list(token)
         while len(parts) > 2:
             first = min(range(len(parts) - 1), key=lambda i: vocab.get(parts[i] + parts[i + 1], EOT))
             parts[first : first + 2] = [parts[first] + parts[first + 1]]
         if len(parts) == 2:
-            yield parts[0], parts[1]
+            merges.append(tuple(parts))
+    return import_transformers().GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)

@@ -1,7 +1,7 @@
 """generate.py against generation without a cache, and against transformers' choice of tokens."""
 
 from onenight.device import autocast
-from onenight.generate import Sampling, decode, draw, draw_uniforms, generate, pack_matrices, penalize, prefill
+from onenight.generate import Sampling, draw, draw_uniforms, generate, pack_matrices, penalize, read
 
 import pytest
 import torch
@@ -135,8 +135,8 @@ def test_in_bfloat16_as_without_the_cache():
     cache = KVCache.empty(model.config, 2, 32, torch.bfloat16, torch.device("cpu"))
     ids = torch.randint(300, (2, 9))
     with torch.no_grad():
-        prefill(model, ids[:, :8], cache, "bfloat16")
-        logits = decode(model, ids[:, 8:], 8, cache, "bfloat16")
+        read(model, ids[:, :8], 0, cache, "bfloat16")
+        logits = read(model, ids[:, 8:], 8, cache, "bfloat16")
         with autocast("bfloat16", ids.device):
             expected = model(ids)[0][:, -1]
     # bfloat16 has 8 bits; the largest logits are of size 20, and their errors stay under a tenth of the typical one

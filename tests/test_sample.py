@@ -14,7 +14,7 @@ from conftest import ROOT, SmallMemory, assert_one_sentence, gpt2_of, run
 
 from configurator import configure
 from model import GPT, GPTConfig
-from sample import Page, SampleConfig, Text, main, write_batch, write_samples
+from sample import Page, SampleConfig, main, write_samples
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "bias": True, "dropout": 0.1, "vocab_size": 50304}
 
@@ -272,7 +272,7 @@ def test_text_streams(monkeypatch):
             yield list(ids)
         written.append(out.buffer.getvalue().decode())
 
-    n_tokens = write_batch(tokens(), range(5, 7), ">", Page(5), stop=True)
+    n_tokens = Page(">", 5).write(tokens(), range(5, 7), stop=True)
     assert n_tokens == 5
     dashes = "\n---------------\n"
     assert written == [">", ">a", ">ab"]  # and no more is asked for when all have ended
@@ -292,18 +292,24 @@ def test_a_closed_pipe_ends_it_silently(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["naïve 日本語 🤦🏽‍♀️ ﷽ \U0001f9d1", "plain"])
-def test_unfinished_characters_are_held_back(text):
-    growing, ids = Text("> "), get_encoding().encode(text)
-    for token in ids:
-        growing.add(token, stop=True)
-        assert f"> {text}".startswith(growing.text)
-    assert growing.text == f"> {text}"
-    cut = Text("")
-    for token in (ids := get_encoding().encode("🤦🏽")[:-1]):
-        cut.add(token, stop=True)
-    assert "�" not in cut.text
-    cut.end()
-    assert cut.text == get_encoding().decode(ids) and "�" in cut.text
+def test_unfinished_characters_are_held_back(text, capsys):
+    def shown(ids):
+        """What is out before each token, and at the end."""
+        outs = []
+
+        def tokens():
+            for token in ids:
+                outs.append("".join(outs[-1:]) + capsys.readouterr().out)
+                yield [token]
+
+        Page("> ", 0).write(tokens(), range(1), stop=True)
+        return outs, outs[-1] + capsys.readouterr().out.removesuffix("\n---------------\n")
+
+    growing, all_of_it = shown(get_encoding().encode(text))
+    assert all(f"> {text}".startswith(part) for part in growing) and all_of_it == f"> {text}"
+    growing, cut = shown(ids := get_encoding().encode("🤦🏽")[:-1])
+    assert "�" not in "".join(growing)
+    assert cut == "> " + get_encoding().decode(ids) and "�" in cut
 
 
 # ---- when memory runs out
