@@ -63,7 +63,7 @@ class TrainConfig:
     seed: int = setting(1337, "for the weights, the order of the data and dropout", low=0, below=2**32)
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = setting("auto", "number format; float16 with loss scaling", choices=("auto", *DTYPES))
-    vram_limit_gb: float = setting(0.0, "use no more of the GPU's memory than this; 0: all that is free", low=0)
+    vram_limit_gb: float = setting(0.0, "as if the GPU had so much memory; 0: as much as it has", low=0)
     compile: bool = setting(True, "torch.compile: slow to start, then much faster")
 
     def __post_init__(self):
