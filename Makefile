@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/run
 	$(BIN)/python -m onenight.make_demo
-	$(BIN)/python prepare_single_parquet.py data/demo/train --out_dir=data/demo --val_fraction=0.02 --overwrite
+	$(BIN)/python prepare_single_parquet.py data/demo/train --out_dir=data/demo --val_fraction=0.05 --overwrite
 	rm -rf out-demo
 	$(BIN)/python train.py config/train_demo.py --hours=0.05
 	$(BIN)/python sample.py --out_dir=out-demo --num_samples=3 --max_new_tokens=200
