@@ -28,15 +28,19 @@ def elapsed(out_dir):
     return json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])["elapsed_s"]
 
 
-@pytest.mark.parametrize("settings, n_decisions", [(TRAPEZOID, 2), (COSINE, 1)], ids=["trapezoid", "cosine"])
-def test_a_run_ends_in_time_with_its_rate_at_the_minimum(bins, tmp_path, settings, n_decisions):
+@pytest.mark.parametrize(
+    "settings, n_decisions, tolerance",
+    [(TRAPEZOID, 2, SHARED), (COSINE, 1, 2 * SHARED)],  # a cosine's one decision is early
+    ids=["trapezoid", "cosine"],
+)
+def test_a_run_ends_in_time_with_its_rate_at_the_minimum(bins, tmp_path, settings, n_decisions, tolerance):
     result = train(bins, tmp_path, **settings)
     assert result.returncode == 0, result.stderr
     lengths = decisions(result.stdout)
     assert len(lengths) == n_decisions
     checkpoint = load(tmp_path)
     assert checkpoint["iter_num"] == checkpoint["max_iters"] == lengths[-1]
-    assert elapsed(tmp_path) == pytest.approx(SECONDS, rel=SHARED)
+    assert elapsed(tmp_path) == pytest.approx(SECONDS, rel=tolerance)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["lr"] == pytest.approx(settings.get("min_lr", TINY["min_lr"]))
 
