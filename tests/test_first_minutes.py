@@ -4,7 +4,7 @@ import re
 import time
 
 from onenight import metrics as metrics_module
-from onenight.device import Ranks, choose_dtype, usable_memory
+from onenight.device import Ranks, choose_dtype, limit_memory, usable_memory
 from onenight.metrics import Metrics, Pace
 from onenight.train_config import TrainConfig
 from onenight.trainer import Trainer
@@ -82,6 +82,32 @@ def test_a_cpu_without_bfloat16_instructions_takes_float32(monkeypatch, capsys):
 def test_the_reserve_of_a_card_is_taken_once(monkeypatch, free, limit, usable):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 1e9, 12e9))
     assert usable_memory(torch.device("cuda"), limit) == pytest.approx(usable * 1e9)
+
+
+def test_windows_is_kept_from_the_computers_memory(monkeypatch, capsys):
+    """Its driver would go on there, many times slower; elsewhere the process may take what it can get."""
+    fractions, cuda = [], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11e9, 12e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    limit_memory(0.0, cuda)
+    monkeypatch.setattr("sys.platform", "win32")
+    limit_memory(0.0, cuda)
+    assert fractions == [pytest.approx(10.5 / 12)]
+    assert "memory: limited to 10.5 GB of the GPU's 12.0" in capsys.readouterr().out
+
+
+def test_wandbs_address_is_printed(bins, tmp_path):
+    """By a package of that name which answers as wandb does with a key and a network."""
+    (tmp_path / "wandb.py").write_text(
+        "import types\n"
+        "Settings = dict\n"
+        "login = lambda **options: True\n"
+        "init = lambda **options: types.SimpleNamespace(\n"
+        "    id='1', url='https://wandb.ai/me/owt/runs/1', log=lambda *record, **options: None)\n"
+    )
+    result = train(bins, tmp_path / "out", wandb_log=True, max_iters=1, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert "wandb: https://wandb.ai/me/owt/runs/1\n" in result.stdout
 
 
 # ---- samples
