@@ -7,7 +7,8 @@ Trains a GPT on data/<dataset>/{train,val}.bin.
     python train.py config/finetune_gpt2.py --dataset=mine              # from GPT-2, on data/mine
     torchrun --standalone --nproc_per_node=4 train.py config/train_fineweb_4070.py      # on four GPUs
 
-Writes out_dir/ckpt.pt, best.pt, metrics.jsonl and loss.png. Ctrl-C, SIGTERM and closing the terminal save and stop.
+Writes ckpt.pt, best.pt, metrics.jsonl, loss.png and samples.txt to out_dir. Ctrl-C, SIGTERM and closing the terminal
+save and stop.
 """
 
 import contextlib

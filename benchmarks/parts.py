@@ -34,7 +34,8 @@ def main():
     sys.path.insert(0, str(args.root.resolve()))
     import onenight  # noqa: F401  before torch, for its environment
 
-    globals()[args.part](args.root.resolve())
+    parts = {"head": head, "start": start, "messages": messages, "ceiling": ceiling}
+    parts[args.part](args.root.resolve())
 
 
 def best(job, times: int = 6) -> float:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY, load, metrics, start, start_training, train, wait_for_iter, wait_for_line
 
@@ -87,8 +88,11 @@ def test_ctrl_c_during_the_imports_is_silent(script, tmp_path):
     assert "Traceback" not in stderr
 
 
-def test_ctrl_c_at_any_other_moment_is_silent(bins, tmp_path):
+def test_ctrl_c_at_any_other_moment_is_silent(tmp_path):
     """Of a plan, an evaluation, a sample and an export, which all take seconds: at three moments each."""
+    bins = tmp_path
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 50257, 20_000).astype("<u2").tofile(bins / f"{split}.bin")
     assert train(bins, tmp_path / "out", max_iters=1).returncode == 0
     before = sorted((path.name, path.stat().st_mtime) for path in (tmp_path / "out").iterdir())
     flags = {**TINY, "dataset": bins, "out_dir": tmp_path / "out", "init_from": "resume"}
@@ -99,6 +103,7 @@ def test_ctrl_c_at_any_other_moment_is_silent(bins, tmp_path):
         ["sample.py", f"--out_dir={tmp_path / 'out'}", "--device=cpu"],
         ["export.py", f"--out_dir={tmp_path / 'out'}", f"--export_dir={tmp_path / 'export'}"],
     ]
+    codes = set()
     for seconds in (1, 2, 3):
         processes = [start(*command) for command in commands]
         time.sleep(seconds)
@@ -106,9 +111,10 @@ def test_ctrl_c_at_any_other_moment_is_silent(bins, tmp_path):
             process.send_signal(signal.SIGINT)
         for process in processes:
             _, stderr = process.communicate(timeout=60)
-            # Not interrupted: it had ended; a vocabulary of 250 ids is not GPT-2's, which sample.py and export.py need.
-            assert process.returncode in (130, 0) or "is not GPT-2's" in stderr, stderr
+            codes.add(process.returncode)
+            assert process.returncode in (130, 0), stderr  # 0: it had ended
             assert "Traceback" not in stderr
+    assert 130 in codes
     assert before == sorted((path.name, path.stat().st_mtime) for path in (tmp_path / "out").iterdir())
 
 
