@@ -56,13 +56,13 @@ def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: f
 
 
 def recipe_warning(config: TrainConfig, arguments: list[str]) -> str:
-    """A line if flags give an iteration other tokens than the config files among the arguments; else ''."""
+    """A line if flags change the tokens of an iteration, by over 2 %, from those of the config files; else ''."""
     from_files = {}
     for argument in arguments:
         if argument.endswith(".py") and not argument.startswith("--"):
             from_files |= read_config_file(argument, TOKENS_PER_ITER)
     intended = math.prod(from_files.get(key, getattr(TrainConfig, key)) for key in TOKENS_PER_ITER)
-    if not from_files or config.tokens_per_iter == intended:
+    if not from_files or abs(config.tokens_per_iter - intended) <= 0.02 * intended:
         return ""
     nearest = max(1, round(intended / (config.batch_size * config.block_size)))
     return (

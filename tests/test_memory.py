@@ -253,6 +253,17 @@ def test_a_plan_that_does_not_fit_names_one_that_does():
     assert change, first.stdout + first.stderr
     second = run("train.py", config, *flags, *change.groups())
     assert "fits: yes" in second.stdout and "524,288 per iteration" in second.stdout
+    assert "another recipe" not in first.stdout + second.stdout
+
+
+def test_a_plan_says_when_a_flag_makes_it_another_recipe():
+    command = ["train.py", ROOT / "config/train_fineweb_4070.py", "--batch_size=12"]
+    flags = ["--plan", "--plan_vram_gb=12", "--plan_tflops=49"]
+    alone = run(*command, *flags).stdout
+    line = re.search(r"^another recipe: 393,216 tokens .* has 524,288; (--\w+=43) comes nearest", alone, re.M)
+    assert line, alone
+    nearest = run(*command, line[1], *flags).stdout
+    assert "528,384 per iteration" in nearest and "another recipe" not in nearest  # 0.8 % more
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the anonymous memory from /proc")
