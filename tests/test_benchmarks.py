@@ -166,7 +166,7 @@ def test_gpu_measures_every_part_without_a_gpu_and_one_that_fails_is_a_line(tmp_
     assert parts["resuming"]["losses after a stop, resumed"] == {"loss_difference": 0, "iters": 10}  # bit for bit
     assert parts["sampling"]["8 samples, eager"]["share_of_bandwidth"] > 0
     assert [name for name, figures in parts["switches"].items() if "gain" in figures] == [
-        "2,048 rows of the head at once",
+        "1,024 rows of the head at once",
         "4,096 rows of the head at once",
         "residual stream in bfloat16",
         "as it is, again",
