@@ -82,7 +82,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), RMS_NORM_EPS)
+        with torch.autocast(x.device.type, enabled=False):  # CUDA's, from torch 2.12 on, returns float32 whatever x is
+            return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), RMS_NORM_EPS)
 
 
 def rotary_table(block_size: int, head_size: int):

@@ -48,9 +48,12 @@ def commit() -> str:
 
 
 def bytes_per_step(model) -> int:
-    """What a GPT-2 must read for a token at the least: every weight once, but next to nothing of the positions'."""
-    positions = model.transformer.wpe.weight
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p is not positions)
+    """What a model must read for a token at the least: every weight once, but next to nothing of the embeddings."""
+    import torch
+
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    looked_up = {id(weight) for weight in embeddings if weight is not model.lm_head.weight}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in looked_up)
 
 
 def load_peer(folder: Path):

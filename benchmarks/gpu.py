@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import RESULTS, ROOT
+from onenight.device import GB, RESERVE
 from onenight.files import first_line, make_folder, replacing, write_json
 
 import numpy as np
@@ -78,8 +79,7 @@ class Bench:
 
     def __init__(self, folder: Path, config: GpuConfig):
         self.folder, self.minutes, self.tiny = folder, config.minutes, False
-        self.peer = Path(config.peer).resolve() if config.peer else None
-        self.end = time.monotonic() + 60 * config.minutes
+        self.peer, self.end = config.peer and Path(config.peer).resolve(), time.monotonic() + 60 * config.minutes
         self.deadline = time.monotonic() + 120  # of the card, which everything depends on
         self.card = self.figures("card", f"--device={config.device}")
         if "failed" in self.card:
@@ -96,15 +96,13 @@ class Bench:
         environment = {**os.environ, **caches, **environment}
         with open(texts[0], "w") as stdout, open(texts[1], "w") as stderr:
             options = {"stdout": stdout, "stderr": stderr, "env": environment, "cwd": self.folder}
+            left = max(0, self.deadline - time.monotonic())
             try:
-                left = max(0, self.deadline - time.monotonic())
                 code = subprocess.run([sys.executable, *map(str, command)], timeout=left, **options).returncode
             except subprocess.TimeoutExpired:
                 raise OutOfTime
         printed, complaint = (path.read_text(errors="replace").strip() for path in texts)
-        errors = re.findall(
-            r"^[\w.]*(?:Error|Exception|Failed)\b.*", complaint, re.MULTILINE
-        )  # torch adds advice below it
+        errors = re.findall(r"(?m)^[\w.]*(?:Error|Exception|Failed)\b.*", complaint)  # torch adds advice below it
         return printed, (errors or complaint.splitlines() or [f"exit status {code}"])[-1][:300] if code else ""
 
     def figures(self, *command, script="gpu_measure", **environment) -> dict:
@@ -132,7 +130,8 @@ class Bench:
             return {"failed": failed}
         records = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
         losses = {record["iter"]: record["train_loss"] for record in records if "train_loss" in record}
-        return {"losses": losses, "printed": printed, "peak_gb": max(r.get("peak_memory_gb", 0) for r in records)}
+        peaks = {key: max(r.get(key, 0) for r in records) for key in ("peak_memory_gb", "peak_reserved_gb")}
+        return {"losses": losses, "printed": printed, **peaks}
 
 
 def write_bins(folder: Path, vocab_size: int):
@@ -159,8 +158,8 @@ def train_config(file: str, bench: Bench) -> Iterator[tuple[str, dict]]:
     yield "the config's micro-batch", own
     if "failed" in own:
         return
-    share = own.get("allocated_gb", own["plan_gb"]) / own["plan_gb"]  # of the plan that is really taken
-    size = max((int(size) for size, gb in own["larger"].items() if gb * share <= VRAM_GB), default=0)
+    share, free_gb = own.get("allocated_gb", own["plan_gb"]) / own["plan_gb"], VRAM_GB - RESERVE / GB
+    size = max((int(size) for size, gb in own["larger"].items() if gb * share <= free_gb), default=0)
     figures = {"skipped": "no larger one: by the plan and this peak, twice the micro-batch does not fit"}
     if size:
         figures = bench.training(file, batch_size=size, gradient_accumulation_steps=own["windows"] // size)
@@ -219,7 +218,8 @@ def out_of_memory(bench: Bench) -> Iterator[tuple[str, dict]]:
     yield "losses with half the micro-batch, undisturbed", difference(whole, half)
     if "failed" in whole or "failed" in half:
         return
-    limit = (whole["peak_gb"] + half["peak_gb"]) / 2
+    # Too little for what the one allocates, enough for what the other reserves.
+    limit = (whole["peak_memory_gb"] + half["peak_reserved_gb"]) / 2 + RESERVE / GB
     disturbed = bench.train("disturbed", vram_limit_gb=limit)
     figures = {"limit_gb": limit, **difference(whole, disturbed)}
     if "failed" not in figures:
@@ -239,15 +239,15 @@ def resuming(bench: Bench) -> Iterator[tuple[str, dict]]:
 
 def sampling(bench: Bench) -> Iterator[tuple[str, dict]]:
     """1 and 8 samples at once, eager and compiled. A token reads all weights once, whatever the samples."""
-    for compiled in (False, True):
-        for samples in (1, 8):
-            figures = NEEDS_GPU
-            if not (compiled and bench.tiny):
-                changes = {"samples": samples, "compile": compiled, **({"new_tokens": 16} if bench.tiny else {})}
-                figures = bench.figures("sampling", NIGHT, *bench.flags(**changes))
-            if "weights_gb_s" in figures:
-                figures["share_of_bandwidth"] = figures["weights_gb_s"] / bench.card["copy_gb_s"]
-            yield f"{samples} sample{'s' * (samples > 1)}, {'compiled' if compiled else 'eager'}", figures
+    kinds = [("", NIGHT, 1), ("", NIGHT, 8), ("the short night's model, ", FAST, 1)]
+    for name, file, samples, compiled in [(*kind, compiled) for compiled in (False, True) for kind in kinds]:
+        figures = NEEDS_GPU
+        if not (compiled and bench.tiny):
+            changes = {"samples": samples, "compile": compiled, **({"new_tokens": 16} if bench.tiny else {})}
+            figures = bench.figures("sampling", file, *bench.flags(**changes))
+        if "weights_gb_s" in figures:
+            figures["share_of_bandwidth"] = figures["weights_gb_s"] / bench.card["copy_gb_s"]
+        yield f"{name}{samples} sample{'s' * (samples > 1)}, {'compiled' if compiled else 'eager'}", figures
 
 
 def switches(bench: Bench) -> Iterator[tuple[str, dict]]:
@@ -258,14 +258,16 @@ def switches(bench: Bench) -> Iterator[tuple[str, dict]]:
         "4,096 rows of the head at once": ({"chunk_rows": 4096}, {}),
         "residual stream in bfloat16": ({"bfloat16_stream": True}, {}),
         "without expandable segments": ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
-        "CUDA graphs": ({}, {"TORCHINDUCTOR_CUDAGRAPHS": "1"}),
+        "CUDA graphs": ({"cuda_graphs": True}, {}),
         "as it is, again": ({}, {}),
         "max-autotune": ({}, {"TORCHINDUCTOR_MAX_AUTOTUNE": "1"}),
     }
-    base = 0.0
+    base = None
     for name, (settings, environment) in changes.items():
         figures = NEEDS_GPU
-        if not (environment and bench.tiny):
+        if name == "max-autotune" and bench.card.get("multiprocessors", 68) < 68:
+            figures = {"skipped": "Inductor tunes matrix products from 68 multiprocessors on"}
+        elif not (bench.tiny and (environment or "cuda_graphs" in settings)):
             figures = bench.training(FAST, environment, dtype="bfloat16", **settings)
         if name == "as it is":
             base = figures.get("tokens_per_s")
@@ -314,9 +316,9 @@ WORDS = {
     "allocated_gb": "peak {:.2f} GB", "plan_gb": "planned {:.2f} GB", "reserved_gb": "reserved {:.2f} GB",
     "compile_s": "compiled in {:.0f} s", "share_of_bandwidth": "{:.0%} of the copying speed", "note": "{}",
     "times": "{:.2f} times", "matmul_tflops": "{:.2f} TFLOP/s", "copy_gb_s": "{:,.0f} GB/s read and written",
-    "limit_gb": "limited to {:.2f} GB", "went_on_with": "went on with micro-batch {}",
-    "loss_difference": "at most {:.1g} apart", "iters": "in {} iterations", "save_s": "{:.2f} s",
-    "saved_gb": "{:.2f} GB on the disk", "skipped": "{}", "failed": "failed: {}",
+    "limit_gb": "limited to {:.2f} GB", "went_on_with": "went on with micro-batch {}", "saved_gb": "{:.2f} GB on disk",
+    "loss_difference": "at most {:.1g} apart", "iters": "in {} iterations", "save_s": "{:.2f} s", "skipped": "{}",
+    "failed": "failed: {}",
 }  # fmt: skip
 
 
@@ -326,9 +328,7 @@ class Report:
     def __init__(self, path: Path, about: dict):
         make_folder(path.parent)
         self.path, self.about, self.parts = path, about, {}
-        machine = (
-            "Tiny models on a CPU: the figures only show that the parts work" if about["tiny"] else about["machine"]
-        )
+        machine = "Tiny models on a CPU, which only show that the parts work" if about["tiny"] else about["machine"]
         versions = [f"torch {about['torch']}", *(f"{key} {about[key]}" for key in ("cuda", "driver") if key in about)]
         self.text = f"# {machine}\n\n{', '.join(versions)}, commit {about['commit']}, {about['date']}\n"
         self.text += "\n| part | measured | result |\n|---|---|---|\n"

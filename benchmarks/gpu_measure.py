@@ -2,7 +2,7 @@
 One measurement of benchmarks/gpu.py, in a process of its own. The last line of its output is the figures as JSON.
 
     python benchmarks/gpu_measure.py card
-    python benchmarks/gpu_measure.py training config/train_fineweb_4070.py --chunk_rows=2048
+    python benchmarks/gpu_measure.py training config/train_fineweb_4070.py --chunk_rows=1024
     python benchmarks/gpu_measure.py saving config/train_fineweb_4070.py
     python benchmarks/gpu_measure.py sampling config/train_fineweb_4070.py --samples=8
 """
@@ -46,6 +46,7 @@ class MeasureConfig(TrainConfig):
     micro_batches: int = setting(4, "in each measured iteration; the config's own number follows by arithmetic", low=1)
     chunk_rows: int = setting(model.CHUNK_ROWS, "rows of the head at once", low=1)
     bfloat16_stream: bool = setting(False, "carry what blocks add to in bfloat16, not in float32")
+    cuda_graphs: bool = setting(False, "run the compiled passes as CUDA graphs")
     samples: int = setting(1, "samples at once", low=1)
     new_tokens: int = setting(512, "tokens in each sample", low=1)
 
@@ -69,6 +70,7 @@ def card(config: MeasureConfig, device: torch.device) -> dict:
         free, total = torch.cuda.mem_get_info(device)
         about |= {"cuda": torch.version.cuda, "driver": driver()}
         about |= {"memory_gb": round(total / plan.GB, 2), "free_gb": round(free / plan.GB, 2)}
+        about["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
     dtypes = dict.fromkeys((choose_dtype("bfloat16", device), "float32"))
     about["tflops"] = {dtype: round(measure_tflops(device, dtype), 2) for dtype in dtypes}
     return {**about, "copy_gb_s": round(copy_bandwidth(device) / plan.GB, 1)}
@@ -115,6 +117,9 @@ def training(config: MeasureConfig, device: torch.device) -> dict:
     trainer = Trainer(replace(config, gradient_accumulation_steps=config.micro_batches), device, dtype, Ranks())
     if config.bfloat16_stream:
         trainer.model.transformer.drop.register_forward_hook(lambda module, args, output: output.bfloat16())
+    if config.cuda_graphs:
+        torch._inductor.config.triton.cudagraphs = True
+        keep_gradients(trainer.model)
     started = time.perf_counter()
     trainer.step()
     wait(device)
@@ -139,6 +144,15 @@ def training(config: MeasureConfig, device: torch.device) -> dict:
         "plan_gb": planned_gb(trainer, size),
         "larger": {n: planned_gb(trainer, n) for n in larger_sizes(trainer, windows)},
     }
+
+
+def keep_gradients(module: torch.nn.Module):
+    """Gives the weights gradients that are zeroed and not replaced: else the first ones of an iteration would stay in
+    the memory of the CUDA graph, and the next micro-batch would overwrite them."""
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    zero_grad = module.zero_grad
+    module.zero_grad = lambda set_to_none: zero_grad(set_to_none=False)
 
 
 def about_compiling(config: MeasureConfig, compiled: bool, seconds: float) -> dict:

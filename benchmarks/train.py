@@ -21,7 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import circumstances, make_peer
-from onenight.device import Ranks, autocast, choose_device, choose_dtype, limit_memory, peak_memory_gb, use_tf32
+from onenight.device import (
+    Ranks,
+    autocast,
+    choose_device,
+    choose_dtype,
+    compile_model,
+    is_out_of_memory,
+    limit_memory,
+    peak_memory_gb,
+    use_tf32,
+)
 from onenight.files import replacing
 from onenight.train_config import TrainConfig
 from onenight.trainer import Trainer, model_args
@@ -111,7 +121,7 @@ def measure_peer(config: BenchConfig) -> dict:
     model = make_peer(Path(config.peer), shape).to(device)
     betas = (config.beta1, config.beta2)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device.type)
-    forward = torch.compile(model) if config.compile else model
+    forward = compile_model(model) if config.compile else model  # as ours: smaller micro-batches compile anew
     path, windows = config.data_dir / "train.bin", config.batch_size * config.gradient_accumulation_steps
 
     def get_batch(batch_size):
@@ -151,7 +161,9 @@ def measure_peer(config: BenchConfig) -> dict:
             evaluate(batch_size)
             warm_up(lambda size=batch_size: step(size))
             iters, seconds = count_iterations(lambda size=batch_size: step(size), config.seconds)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             continue
         return figures(config, batch_size, iters, seconds, device)
     raise SystemExit("out of memory with a micro-batch of one window")

@@ -4,14 +4,18 @@ and what Ctrl-C does: no traceback, exit status 130, at any moment."""
 import contextlib
 import ctypes
 import os
+import platform
 import signal
 import sys
+
+WINDOWS_DRIVER = sys.platform == "win32" or "microsoft" in platform.release().lower()  # of the GPU: also in WSL2
 
 # OpenMP's threads spin for 300,000 rounds before they sleep, and crawl on a busy machine: see benchmarks/LOG.md.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if sys.platform == "linux":
-    # Micro-batches that change in size, as in evaluations, would leave holes in a GPU's memory.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not WINDOWS_DRIVER:  # which fails at this on some cards: pytorch issue 192330
+        # Micro-batches that change in size, as in evaluations, would leave holes in a GPU's memory.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # glibc returns large blocks, such as the head's logits, to the system, and takes them anew at each step: keep them.
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX

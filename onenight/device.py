@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+from onenight import WINDOWS_DRIVER
 from onenight.files import first_line
 
 import torch
@@ -113,9 +114,9 @@ def usable_memory(device: torch.device, vram_limit_gb: float = 0.0) -> float:
 
 
 def limit_memory(vram_limit_gb: float, device: torch.device):
-    """Limits this process to usable_memory(), as if the card had vram_limit_gb; 0: no limit, but on Windows, whose
-    driver would go on in the computer's memory, many times slower, to 0.5 GB less than is free now."""
-    if device.type == "cuda" and (vram_limit_gb or sys.platform == "win32"):
+    """Limits this process to usable_memory(), as if the card had vram_limit_gb; 0: no limit, but with Windows' driver,
+    which would go on in the computer's memory, many times slower, to 0.5 GB less than is free now."""
+    if device.type == "cuda" and (vram_limit_gb or WINDOWS_DRIVER):
         free, total = torch.cuda.mem_get_info(device)
         limit = usable_memory(device, vram_limit_gb) if vram_limit_gb else free - 0.5 * GB
         torch.cuda.set_per_process_memory_fraction(max(0.0, limit / total), device)

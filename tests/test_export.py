@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiktoken_ext.openai_public
 import torch
-from conftest import ROOT, assert_one_sentence, metrics, run, train
+from conftest import ROOT, assert_one_sentence, make_bins, metrics, run, run_here, train_here
 from hypothesis import strategies
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -31,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from export import main
+import export as export_script
 from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "dropout": 0.1, "vocab_size": 50304}
@@ -51,8 +51,8 @@ def save(folder, bias=True, architecture="gpt2", **more):
     return checkpoint
 
 
-def export(out_dir, export_dir, *flags, **how):
-    return run("export.py", f"--out_dir={out_dir}", f"--export_dir={export_dir}", *flags, **how)
+def export(out_dir, export_dir, *flags):
+    return run_here(export_script, f"--out_dir={out_dir}", f"--export_dir={export_dir}", *flags)
 
 
 def logits_of(init_from, out_dir=None):
@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
     home = tmp_path_factory.mktemp("export")
     (home / "run").mkdir()
     save(home / "run")
-    result = export(home / "run", home / "it")
+    result = run("export.py", f"--out_dir={home / 'run'}", f"--export_dir={home / 'it'}")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert len(result.stdout.splitlines()) == 1  # transformers adds nothing
     return home / "it"
@@ -168,7 +168,8 @@ def test_a_checkpoint_file_is_exported(folder, tmp_path):
     (tmp_path / "run").mkdir()
     save(tmp_path / "run", bias=False)
     (tmp_path / "run" / "ckpt.pt").rename(tmp_path / "run" / "best.pt")
-    result = run("export.py", f"--init_from={tmp_path / 'run' / 'best.pt'}", f"--export_dir={tmp_path / 'it'}")
+    flags = [f"--init_from={tmp_path / 'run' / 'best.pt'}", f"--export_dir={tmp_path / 'it'}"]
+    result = run_here(export_script, *flags)
     assert result.returncode == 0, result.stderr
     assert not load_file(tmp_path / "it" / "model.safetensors")["transformer.ln_f.bias"].any()  # bias=False
 
@@ -222,8 +223,7 @@ def test_the_model_card_summarises_the_training(tmp_path, monkeypatch, capsys):
     save(tmp_path, config=config, iter_num=1000, best_val_loss=3.25)
     records = [{"iter": 500, "val_loss": 3.25, "elapsed_s": 50}, {"iter": 1000, "val_loss": 3.5, "elapsed_s": 3725.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    main([f"--out_dir={tmp_path}", f"--export_dir={tmp_path / 'my-gpt'}"])
-    capsys.readouterr()
+    assert export(tmp_path, tmp_path / "my-gpt").returncode == 0
     card = (tmp_path / "my-gpt" / "README.md").read_text()
     facts = ["my_web", "1,000 of 384 tokens, 384,000 in all", "3.5000 nats", "best val loss | 3.2500", "1h 02m"]
     facts += ["| optimizer muon, learning_rate 0.0005, embedding_lr 0.01 |"]
@@ -240,15 +240,14 @@ def test_the_model_card_summarises_the_training(tmp_path, monkeypatch, capsys):
 
 def test_an_export_never_overwrites(folder):
     before = (folder / "README.md").stat().st_mtime_ns
-    with pytest.raises(SystemExit, match="exists already"):
-        main([f"--out_dir={folder.parent / 'run'}", f"--export_dir={folder}"])
+    assert_one_sentence(export(folder.parent / "run", folder), "exists already")
     assert (folder / "README.md").stat().st_mtime_ns == before
 
 
 def test_bad_input_to_an_export_is_one_sentence(tmp_path):
     def refuse(words, export_dir="it"):
         with pytest.raises(SystemExit, match=words) as refused:
-            main([f"--out_dir={tmp_path}", f"--export_dir={tmp_path / export_dir}"])
+            export_script.main([f"--out_dir={tmp_path}", f"--export_dir={tmp_path / export_dir}"])
         assert str(refused.value).isprintable()
 
     assert_one_sentence(run("export.py"), "--export_dir=FOLDER is missing")
@@ -292,7 +291,8 @@ def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path):
 def test_a_missing_package_is_one_sentence(folder, tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError")  # stands before the real one
     without, words = {"PYTHONPATH": str(tmp_path)}, 'pip install "transformers>=5"'
-    assert_one_sentence(export(folder.parent / "run", tmp_path / "it", env=without), words)
+    flags = [f"--out_dir={folder.parent / 'run'}", f"--export_dir={tmp_path / 'it'}"]
+    assert_one_sentence(run("export.py", *flags, env=without), words)
     assert_one_sentence(run("sample.py", f"--init_from={folder}", env=without), words)
     flags = ("--num_samples=1", "--max_new_tokens=2", "--device=cpu")
     plain = run("sample.py", f"--out_dir={folder.parent / 'run'}", *flags, env=without)
@@ -349,13 +349,14 @@ def test_bad_weights_in_a_folder_are_one_sentence(folder, tmp_path):
     refuse(tmp_path, "weights do not match its shape .no transformer.h.1.ln_2.weight")
 
 
-def test_an_exported_qwen3_is_trained_further_and_sampled(bins, tmp_path):
+def test_an_exported_qwen3_is_trained_further_and_sampled(tmp_path):
     save(tmp_path, False, "qwen3")
+    make_bins(tmp_path, train_tokens=1000, val_tokens=200)  # an evaluation computes 50,304 logits for each
     assert export(tmp_path, tmp_path / "it").returncode == 0
     shape = {**SHAPE, "architecture": "qwen3"}
     del shape["vocab_size"]
     settings = {**shape, "max_iters": 2, "eval_interval": 1, "learning_rate": 1e-3, "decay_lr": False}
-    result = train(bins, tmp_path / "out", init_from=tmp_path / "it", **settings)
+    result = train_here(tmp_path, tmp_path / "out", init_from=tmp_path / "it", **settings)
     assert result.returncode == 0, result.stderr
     first, *_, last = [record["val_loss"] for record in metrics(tmp_path / "out") if "val_loss" in record]
     assert last < first

@@ -12,7 +12,7 @@ from onenight.trainer import Trainer
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load, losses, metrics, start_training, stop, train, wait_for_line
+from conftest import TINY, load, losses, metrics, start_training, stop, train, train_here, wait_for_line
 
 import train as train_script
 
@@ -22,32 +22,35 @@ def make_trainer(bins, **changes):
     return Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
 
 
-def test_the_first_lines_name_the_device_and_the_third_iteration_has_a_speed(bins, tmp_path):
-    result = train(bins, tmp_path, max_iters=4, device="auto", log_interval=1, compile=True)
-    assert result.returncode == 0, result.stderr
-    assert re.match(r"device: .*, \w+, compiled\n", result.stdout)
-    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        assert result.stdout.startswith("device: cpu (torch finds no GPU: see README), float32, compiled\n")
-    assert re.search(r"^iter 2: .* tokens/s, mfu .*, ETA ", result.stdout, re.M)
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="for a CPU alone")
+def test_the_first_line_says_that_there_is_no_gpu(bins):
+    result = train_here(bins, "unused", plan=True, device="auto")
+    assert result.stdout.startswith("device: cpu (torch finds no GPU: see README), float32\n")
 
 
-def test_a_plan_says_what_compiling_lacks(bins, tmp_path):
+def test_without_a_compiler_it_trains_uncompiled_and_says_what_is_lacking(bins, tmp_path):
     env = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = train(bins, tmp_path / "out", plan=True, compile=True, env=env)
-    assert re.search("^compile: off, .*; to get it, ", result.stdout, re.M), result.stdout + result.stderr
+    result = train(bins, tmp_path / "out", compile=True, max_iters=1, env=env)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall("^compile: off, because .*; to get it, ", result.stdout, re.M)) == 1
     assert re.search("^device: cpu, float32$", result.stdout, re.M)
-    elsewhere = train(bins, tmp_path / "out", plan=True, compile=True, plan_vram_gb=12, env=env)
-    assert "compile: off" not in elsewhere.stdout  # the plan is for another machine
 
 
-def test_variables_of_torchrun_that_are_left_over(bins, tmp_path):
+def test_a_plan_for_another_machine_does_not_compile_here(bins, monkeypatch):
+    monkeypatch.setattr("onenight.device.compile_works", lambda device: 1 / 0)
+    result = train_here(bins, "unused", plan=True, compile=True, plan_vram_gb=12)
+    assert result.returncode == 0 and "fits: yes" in result.stdout
+
+
+def test_variables_of_torchrun_that_are_left_over(bins, tmp_path, monkeypatch):
     """A run started with some of them trains alone; a plan never waits for other processes."""
     env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": None}
     result = train(bins, tmp_path, max_iters=1, env=env)
     assert result.returncode == 0, result.stderr
     assert "RANK and WORLD_SIZE set, but not all that torchrun sets" in result.stdout
-    env |= {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}  # the other process never comes
-    assert train(bins, tmp_path, plan=True, env=env).returncode == 0
+    for name, value in {**env, "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}.items():
+        monkeypatch.setenv(name, value)  # the other process never comes
+    assert train_here(bins, tmp_path, plan=True).returncode == 0
 
 
 def test_a_line_every_thirty_seconds_whatever_log_interval_is(bins, monkeypatch):
@@ -85,12 +88,12 @@ def test_the_reserve_of_a_card_is_taken_once(monkeypatch, free, limit, usable):
 
 
 def test_windows_is_kept_from_the_computers_memory(monkeypatch, capsys):
-    """Its driver would go on there, many times slower; elsewhere the process may take what it can get."""
+    """Its driver, also in WSL2, would go on there, many times slower; elsewhere the process may take what it can."""
     fractions, cuda = [], torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11e9, 12e9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
     limit_memory(0.0, cuda)
-    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr("onenight.device.WINDOWS_DRIVER", True)
     limit_memory(0.0, cuda)
     assert fractions == [pytest.approx(10.5 / 12)]
     assert "memory: limited to 10.5 GB of the GPU's 12.0" in capsys.readouterr().out
@@ -118,7 +121,7 @@ def text_bins(tmp_path_factory):
     """Random ids of GPT-2's whole vocabulary."""
     folder = tmp_path_factory.mktemp("text")
     for split in ("train", "val"):
-        np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2").tofile(folder / f"{split}.bin")
+        np.random.default_rng(0).integers(0, 50257, 400).astype("<u2").tofile(folder / f"{split}.bin")
     return folder
 
 
@@ -131,7 +134,7 @@ def train_losses(out_dir):
 
 def test_each_evaluation_shows_a_sample_that_a_resumed_run_repeats(text_bins, tmp_path):
     changes = {**SMALL, "eval_interval": 5}
-    whole = train(text_bins, tmp_path / "whole", **changes)
+    whole = train_here(text_bins, tmp_path / "whole", **changes)
     assert whole.returncode == 0, whole.stderr
     text = (tmp_path / "whole" / "samples.txt").read_text(encoding="utf-8")
     evals = [record for record in metrics(tmp_path / "whole") if "val_loss" in record]
@@ -141,10 +144,10 @@ def test_each_evaluation_shows_a_sample_that_a_resumed_run_repeats(text_bins, tm
     process = start_training(text_bins, tmp_path / "parts", **changes)
     wait_for_line(process, "iter 6:")
     stop(process)
-    assert train(text_bins, tmp_path / "parts", init_from="resume", **changes).returncode == 0
+    assert train_here(text_bins, tmp_path / "parts", init_from="resume", **changes).returncode == 0
     assert (tmp_path / "parts" / "samples.txt").read_text(encoding="utf-8") == text
     # Without the samples in between it is the same training.
-    assert train(text_bins, tmp_path / "rare", **SMALL, eval_interval=100).returncode == 0
+    assert train_here(text_bins, tmp_path / "rare", **SMALL, eval_interval=100).returncode == 0
     assert train_losses(tmp_path / "rare") == train_losses(tmp_path / "whole")
     rare, whole = (load(tmp_path / name)["model"]["lm_head.weight"] for name in ("rare", "whole"))
     assert torch.equal(rare, whole)

@@ -130,6 +130,19 @@ def test_packed_matrices_give_the_same_text(architecture):
     assert generated(model, [1, 2, 3], draw_uniforms(0, range(2), 80)) == [expected, expected]
 
 
+def test_in_bfloat16_where_autocast_makes_norms_float32(monkeypatch):
+    """As CUDA's does from torch 2.12 on: queries and keys must come back in the type of the cache."""
+    rms_norm = torch.nn.functional.rms_norm
+
+    def as_on_cuda(x, *arguments):
+        return rms_norm(x, *arguments).to(torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype)
+
+    monkeypatch.setattr("torch.nn.functional.rms_norm", as_on_cuda)
+    model = make_model(block_size=32, architecture="qwen3")
+    ids = list(generate(model, [1, 2, 3], torch.zeros(1, 3), GREEDY, "bfloat16"))
+    assert len(ids) == 3
+
+
 def test_in_bfloat16_as_without_the_cache():
     model = make_model(block_size=32)
     cache = KVCache.empty(model.config, 2, 32, torch.bfloat16, torch.device("cpu"))

@@ -8,7 +8,17 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, assert_one_sentence, run, start, start_training, train, wait_for_iter, wait_for_line
+from conftest import (
+    ROOT,
+    assert_one_sentence,
+    run,
+    start,
+    start_training,
+    train,
+    train_here,
+    wait_for_iter,
+    wait_for_line,
+)
 from conftest import write_parquet as write
 
 PREPARE = "prepare_single_parquet.py"
@@ -27,7 +37,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended(bins, tmp_path):
     first.kill()
     first.communicate()
     assert "lock" in files(tmp_path)  # what a kill leaves behind holds nobody up
-    third = train(bins, tmp_path, max_iters=3)
+    third = train_here(bins, tmp_path, max_iters=3)
     assert third.returncode == 0, third.stderr
     assert [json.loads(line)["iter"] for line in files(tmp_path)["metrics.jsonl"].splitlines()] == [0, 0, 1, 2, 3]
     assert not {"lock", "lock.txt"} & files(tmp_path).keys()

@@ -8,7 +8,7 @@ from onenight.train_config import TrainConfig
 
 import pytest
 import torch
-from conftest import load, metrics, train
+from conftest import load, metrics, train_here
 
 from model import GPT, GPTConfig
 
@@ -102,13 +102,13 @@ def test_without_decay_the_rate_is_constant():
     assert {schedule(TrainConfig(decay_lr=False, warmdown_iters=5), i) for i in (0, 5, 10**6)} == {1.0}
 
 
-# ---- as a process
+# ---- a run
 
 
 @pytest.fixture(scope="module")
 def muon_run(bins, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("muon")
-    return out_dir, train(bins, out_dir, **MUON, warmdown_iters=30, min_lr=0.0)
+    return out_dir, train_here(bins, out_dir, **MUON, warmdown_iters=30, min_lr=0.0)
 
 
 def test_muon_learns_and_logs_the_rate_of_each_group(muon_run):
@@ -126,8 +126,8 @@ def test_muon_learns_and_logs_the_rate_of_each_group(muon_run):
 def test_muon_resumes_bit_for_bit(muon_run, bins, tmp_path):
     """Stopped in the middle by max_iters and resumed, it equals the undisturbed run."""
     settings = {**MUON, "warmdown_iters": 30, "min_lr": 0.0}
-    assert train(bins, tmp_path, **settings, max_iters=20).returncode == 0
-    resumed = train(bins, tmp_path, **settings, init_from="resume")
+    assert train_here(bins, tmp_path, **settings, max_iters=20).returncode == 0
+    resumed = train_here(bins, tmp_path, **settings, init_from="resume")
     assert resumed.returncode == 0, resumed.stderr
     first, second = load(muon_run[0]), load(tmp_path)
     assert first["model_args"]["architecture"] == "qwen3"
@@ -141,10 +141,10 @@ def test_muon_resumes_bit_for_bit(muon_run, bins, tmp_path):
 
 def test_a_rate_changed_at_a_resume_is_used(bins, tmp_path):
     """The settings have priority over the checkpoint."""
-    assert train(bins, tmp_path, max_iters=20, weight_decay=0.0).returncode == 0
+    assert train_here(bins, tmp_path, max_iters=20, weight_decay=0.0).returncode == 0
     before = load(tmp_path)["model"]
     changes = {"learning_rate": 1e-9, "min_lr": 0.0, "weight_decay": 1e8, "max_iters": 21, "decay_lr": False}
-    resumed = train(bins, tmp_path, init_from="resume", **changes)
+    resumed = train_here(bins, tmp_path, init_from="resume", **changes)
     assert "changed since: weight_decay 0.0 -> 100000000.0" in resumed.stdout
     after = load(tmp_path)["model"]
     name = "transformer.h.0.mlp.c_fc.weight"
@@ -153,12 +153,12 @@ def test_a_rate_changed_at_a_resume_is_used(bins, tmp_path):
 
 
 def test_another_architecture_is_not_resumed(muon_run, bins):
-    refused = train(bins, muon_run[0], init_from="resume")
+    refused = train_here(bins, muon_run[0], init_from="resume")
     assert refused.returncode != 0
     assert "architecture=qwen3" in refused.stderr
 
 
 def test_muon_needs_the_rates_of_the_others(bins, tmp_path):
-    refused = train(bins, tmp_path, architecture="qwen3", optimizer="muon", embedding_lr=0.3)
+    refused = train_here(bins, tmp_path, architecture="qwen3", optimizer="muon", embedding_lr=0.3)
     assert refused.returncode != 0
     assert re.search("embedding_lr and head_lr", refused.stderr)

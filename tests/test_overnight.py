@@ -27,9 +27,10 @@ from conftest import (
     losses,
     make_bins,
     metrics,
-    start,
     start_training,
+    stop,
     train,
+    train_here,
     wait_for_iter,
     wait_for_line,
 )
@@ -60,27 +61,22 @@ def undisturbed(bins, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes, number",
     [
-        {"dropout": 0.2},
-        {"dtype": "bfloat16", "gradient_accumulation_steps": 1},
-        {"dropout": 0.2, "dtype": "bfloat16", "compile": True, "max_iters": 25},
+        ({"dropout": 0.2}, signal.SIGINT),
+        ({"dtype": "bfloat16", "gradient_accumulation_steps": 1}, signal.SIGTERM),
+        ({"dropout": 0.2, "dtype": "bfloat16", "compile": True, "n_layer": 1, "max_iters": 25}, signal.SIGINT),
     ],
     ids=["dropout", "bfloat16", "compiled, dropout, bfloat16"],
 )
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_stopped_and_resumed_is_the_same_run(bins, tmp_path, changes, number):
-    if changes.get("compile") and number == signal.SIGTERM:
-        pytest.skip("compiling takes long, and does not depend on the signal")
+    changes = {**changes, "eval_interval": 10**6}  # so that only the signal can have saved it
     assert train(bins, tmp_path / "whole", **changes).returncode == 0
     process = start_training(bins, tmp_path / "parts", **changes)
     wait_for_line(process, "iter 12:")
-    process.send_signal(number)
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+    stdout, _ = stop(process, number)
     assert "--init_from=resume" in stdout
-    stopped_at = load(tmp_path / "parts")["iter_num"]
-    assert 13 <= stopped_at < 20  # not at an evaluation, where it is saved anyway
+    assert 13 <= load(tmp_path / "parts")["iter_num"] < TINY["max_iters"]
     resumed = train(bins, tmp_path / "parts", init_from="resume", **changes)
     assert resumed.returncode == 0, resumed.stderr
     assert "changed since" not in resumed.stdout
@@ -100,12 +96,12 @@ def test_a_second_ctrl_c_stops_at_once(bins, tmp_path):
 
 
 def test_killed_at_random_moments_it_is_the_same_run(bins, tmp_path):
-    """kill -9, five times in a run that saves every 10 iterations; tests/torture/train.py does it more often."""
-    changes = {"max_iters": 150, "eval_interval": 10, "dropout": 0.1}
+    """kill -9, three times in a run that saves every 10 iterations; tests/torture/train.py does it more often."""
+    changes = {"max_iters": 90, "eval_interval": 10, "dropout": 0.1}
     assert train(bins, tmp_path / "whole", **changes).returncode == 0
     out_dir = tmp_path / "parts"
     random.seed(5)
-    for iteration in sorted(random.sample(range(11, 140), 5)):
+    for iteration in sorted(random.sample(range(11, 80), 3)):
         process = start_training(
             bins, out_dir, init_from="resume" if (out_dir / "ckpt.pt").exists() else "scratch", **changes
         )
@@ -113,7 +109,7 @@ def test_killed_at_random_moments_it_is_the_same_run(bins, tmp_path):
         time.sleep(random.random() / 20)
         process.kill()
         process.communicate()
-    assert load(out_dir)["iter_num"] < 150
+    assert load(out_dir)["iter_num"] < 90
     finished = train(bins, out_dir, init_from="resume", **changes)
     assert finished.returncode == 0, finished.stderr
     assert_same_run(tmp_path / "whole", out_dir)
@@ -231,17 +227,17 @@ def test_weights_that_are_not_finite_are_never_saved(bins, tmp_path):
 def test_a_plateau_ends_the_run(bins, tmp_path):
     """With a learning rate of 0 no evaluation is better than the first."""
     changes = {"learning_rate": 0.0, "min_lr": 0.0, "eval_interval": 5, "early_stop_patience": 3}
-    result = train(bins, tmp_path, **changes)
+    result = train_here(bins, tmp_path, **changes)
     assert result.returncode == 0, result.stderr
     assert "no better val loss in 3 evaluations" in result.stdout
     assert load(tmp_path)["iter_num"] == 15
-    impatient = train(bins, tmp_path / "other", eval_interval=5, early_stop_patience=1, early_stop_min_delta=9.0)
+    impatient = train_here(bins, tmp_path / "other", eval_interval=5, early_stop_patience=1, early_stop_min_delta=9.0)
     assert load(tmp_path / "other")["iter_num"] == 5, impatient.stderr  # it learns, but never by 9 nats at once
 
 
 def test_resume_reports_changed_settings(bins, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    result = train(bins, tmp_path, init_from="resume", max_iters=50, weight_decay=0.2)
+    result = train_here(bins, tmp_path, init_from="resume", max_iters=50, weight_decay=0.2)
     assert result.returncode == 0, result.stderr
     assert re.findall("^changed since: .*", result.stdout, re.M) == [
         "changed since: max_iters 45 -> 50",
@@ -256,20 +252,23 @@ def test_other_data_are_refused_unless_allowed(undisturbed, tmp_path):
     make_bins(data)
     (data / "meta.json").write_text(json.dumps({"vocab_size": 250, "train": {"sha256": "other"}}))
     shutil.copytree(undisturbed, out_dir)
-    assert_one_sentence(train(data, out_dir, init_from="resume", max_iters=50), "--allow_new_data")
-    assert train(data, out_dir, init_from="resume", max_iters=50, allow_new_data=True).returncode == 0
+    assert_one_sentence(train_here(data, out_dir, init_from="resume", max_iters=50), "--allow_new_data")
+    assert train_here(data, out_dir, init_from="resume", max_iters=50, allow_new_data=True).returncode == 0
 
 
-def test_wandb_continues_the_same_run(bins, tmp_path):
+def test_wandb_without_a_key_is_offline_and_continues_the_same_run(bins, tmp_path):
     out_dir, env = tmp_path / "out", {"HOME": str(tmp_path), "WANDB_API_KEY": None, "WANDB_MODE": None}
     for changes in ({"max_iters": 2}, {"max_iters": 4, "init_from": "resume"}):
-        assert train(bins, out_dir, wandb_log=True, env=env, **changes).returncode == 0
+        result = train(bins, out_dir, wandb_log=True, env=env, **changes)
+        assert result.returncode == 0, result.stderr
+        assert "wandb: offline, because there is no API key" in result.stdout
+    assert len(list((out_dir / "wandb").glob("offline-run-*/*.wandb"))) == 2
     runs = [path.name for path in (out_dir / "wandb").glob("offline-run-*")]
     assert len(runs) == 2 and len({name.rsplit("-")[-1] for name in runs}) == 1
 
 
 def test_the_summary_matches_the_run(bins, tmp_path):
-    result = train(bins, tmp_path, max_iters=45)
+    result = train_here(bins, tmp_path, max_iters=45)
     lines = dict(line.split(": ", 1) for line in result.stdout.splitlines() if re.match("[a-z_ ]+: ", line))
     assert lines["iterations"] == "45" and lines["tokens"] == f"{45 * 512:,}" and lines["skipped_iterations"] == "0"
     assert float(lines["epochs"]) == pytest.approx(45 * 16 / (19_999 // 32 - 1), abs=0.01)
@@ -287,13 +286,12 @@ def torchrun(processes, bins, out_dir, script=ROOT / "train.py", **changes):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_many_processes_train_as_one(bins, undisturbed, tmp_path, processes):
+def test_many_processes_train_as_one(bins, undisturbed, tmp_path):
     """Resumed with another number of processes: the losses of a single process, to the rounding of float32."""
-    result = torchrun(processes, bins, tmp_path, max_iters=20)
+    result = torchrun(4, bins, tmp_path, max_iters=20)
     assert result.returncode == 0, result.stderr
     assert len(re.findall("^iter 5:", result.stdout, re.M)) == 1  # one process prints
-    assert torchrun(6 - processes, bins, tmp_path, init_from="resume").returncode == 0
+    assert torchrun(2, bins, tmp_path, init_from="resume").returncode == 0
     for one, other in zip(losses(undisturbed), losses(tmp_path), strict=True):
         assert one["iter"] == other["iter"]
         for key in ("train_loss", "val_loss", "train_loss_eval"):
@@ -312,9 +310,10 @@ def test_processes_sum_in_a_few_messages(monkeypatch):
     assert len(sent) < len(tensors) and sum(sent) == sum(tensor.numel() for tensor in tensors)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(bins, tmp_path):
-    result = torchrun(3, bins, tmp_path)
-    assert result.returncode != 0 and "cannot be shared by 3 processes" in " ".join(result.stderr.split())
+def test_a_batch_that_cannot_be_shared_is_refused(bins):
+    config = TrainConfig(**{**TINY, "dataset": str(bins)})
+    with pytest.raises(SystemExit, match="16 windows .* cannot be shared by 3 processes"):
+        Trainer(config, torch.device("cpu"), "float32", Ranks(world_size=3))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the names of threads are read from Linux's /proc")
@@ -332,19 +331,6 @@ def test_no_thread_of_the_group_outlives_the_run(bins, tmp_path):
     result = torchrun(2, bins, tmp_path / "out", script, max_iters=3)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("threads True False") == 2, result.stderr
-
-
-def test_any_signal_stops_all_processes(bins, tmp_path):
-    settings = {**TINY, "dataset": bins, "out_dir": tmp_path, "max_iters": 10**6, "lr_decay_iters": 10**6}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    process = start(command, *(f"--{key}={value}" for key, value in settings.items()))
-    wait_for_line(process, "iter 22:")
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGTERM)  # only one, and not the launcher
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert "stopped at iter" in stdout
-    assert load(tmp_path)["iter_num"] >= 23
 
 
 def test_an_overflow_under_loss_scaling_skips_all_optimizers_and_is_no_bad_iteration(bins):

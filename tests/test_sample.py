@@ -14,7 +14,7 @@ from conftest import ROOT, SmallMemory, assert_one_sentence, gpt2_of, run
 
 from configurator import configure
 from model import GPT, GPTConfig
-from sample import Page, SampleConfig, main, write_samples
+from sample import Page, SampleConfig, main, say_once, write_samples
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "bias": True, "dropout": 0.1, "vocab_size": 50304}
 
@@ -46,6 +46,7 @@ def sample(out_dir, *flags, stdin=b""):
     streams = [io.TextIOWrapper(io.BytesIO(content), encoding="utf-8") for content in (stdin, b"", b"")]
     before, returncode = (sys.stdin, sys.stdout, sys.stderr), 0
     sys.stdin, sys.stdout, sys.stderr = streams
+    say_once.cache_clear()
     try:
         main(flags_of(out_dir, flags))
     except SystemExit as end:
@@ -256,7 +257,8 @@ def test_without_out_dir_it_is_the_newest_run_here(tmp_path, monkeypatch):
     exported = run("export.py", "--export_dir=exported", cwd=tmp_path)
     assert exported.returncode == 0 and exported.stdout.startswith(result.stderr.splitlines()[0]), exported.stderr
     monkeypatch.chdir(tmp_path)
-    assert "out-" not in sample("", "--init_from=a/ckpt.pt").stderr
+    named = sample("", "--init_from=a/ckpt.pt")
+    assert named.returncode == 0 and "out-" not in named.stderr
     monkeypatch.chdir(tmp_path / "a")
     assert_one_sentence(sample(""), "--out_dir=")
 

@@ -49,7 +49,7 @@ def test_a_stop_in_a_long_evaluation(tmp_path):
     assert re.findall("^step ([0-9]+):", resumed.stdout, re.M) == ["0", "1"]
 
 
-@pytest.mark.parametrize("to_all", [True, False], ids=["Ctrl-C", "one process"])
+@pytest.mark.parametrize("to_all", [True, False], ids=["Ctrl-C", "SIGTERM to one process"])
 def test_a_stop_under_torchrun_in_an_iteration_of_hours(bins, tmp_path, to_all):
     """torchrun kills its processes 30 seconds after a Ctrl-C."""
     accumulation = 10**6 if to_all else 3000  # a process that does not hear it finishes its share first
@@ -60,7 +60,7 @@ def test_a_stop_under_torchrun_in_an_iteration_of_hours(bins, tmp_path, to_all):
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     time.sleep(0.3)
     for worker in workers if to_all else workers[-1:]:
-        os.kill(int(worker), signal.SIGINT)
+        os.kill(int(worker), signal.SIGINT if to_all else signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert "stopped at iter 0;" in stdout
