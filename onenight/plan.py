@@ -19,7 +19,7 @@ TOKENS_PER_ITER = ("gradient_accumulation_steps", "batch_size", "block_size")  #
 # 57 %, and on the RTX 4070, rated at 58 TFLOP/s, nanoGPT was reported to reach 48 % and nanochat 84 %.
 NARROW = {"float32": 120, "bfloat16": 370, "float16": 370}
 MAX_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
-EAGER = {"gpt2": 10, "qwen3": 42}  # bytes more for each token, block and channel without torch.compile, on a CPU
+EAGER = {"gpt2": 0, "qwen3": 30}  # bytes more for each token, block and channel without torch.compile, on a CPU
 
 
 def print_plan(config: TrainConfig, device: torch.device, dtype: str, ceiling: float):
@@ -84,15 +84,17 @@ def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer="adamw", c
     saved += (3 if shape.parts.gated else 2) * narrow * shape.mlp_width / shape.n_embd
     saved += 0 if compiled else EAGER[shape.architecture]
     tokens = batch_size * shape.block_size
-    # The head's logits and their gradient; without torch.compile half as many rows, and also in float32.
+    # The head's logits and their gradient, and its weight: the gradient, itself as it is read, and without
+    # torch.compile a summand of the gradient. There are half as many rows then, which are also in float32.
     head_weight, rows = shape.vocab_size * shape.n_embd, min(CHUNK_ROWS // (1 if compiled else 2), tokens)
-    row = shape.vocab_size * (narrow + (narrow if compiled else wide))
+    row = shape.vocab_size * (2 * narrow if compiled else wide + 2 * narrow * (narrow < wide))
+    per_weight = wide + narrow * (1 if compiled or narrow == wide else 2)
     return {
         "weights": wide * parameters,
         "gradients": wide * parameters,
         "optimizer": wide * (2 * parameters - (matrices if optimizer == "muon" else 0)),  # Muon has one moment
         "activations": tokens * shape.n_layer * saved * shape.n_embd + (narrow * matrices if narrow < wide else 0),
-        "head": rows * row + head_weight * (wide + narrow) + 2 * tokens * shape.n_embd * narrow,
+        "head": rows * row + head_weight * per_weight + 2 * tokens * shape.n_embd * narrow,
     }
 
 

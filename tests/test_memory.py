@@ -152,8 +152,8 @@ def test_the_head_never_takes_a_gigabyte():
     assert 0.4e9 < peak_bytes(tracker) - inputs < 1e9  # at least the chunk's logits and the weight's gradient
 
 
-# With more than one chunk of the head, as in training.
-SHAPES = [("gpt2", False, 4, 6), ("gpt2", True, 3, 12), ("qwen3", False, 4, 6)]
+# The shapes of the shipped configs, whose activations are most of the memory, and small ones, whose weights are.
+SHAPES = [("gpt2", False, 16, 12), ("gpt2", True, 3, 6), ("qwen3", False, 8, 12)]
 
 
 @pytest.mark.parametrize("architecture, bias, batch_size, n_layer", SHAPES)
@@ -177,7 +177,7 @@ def test_the_plan_predicts_the_peak(architecture, bias, batch_size, n_layer):
                     model.zero_grad(set_to_none=True)
                 tracker.reset_mod_stats()
     predicted = sum(predict_memory(model, batch_size, "bfloat16", config.optimizer, compiled=False).values())
-    assert predicted == pytest.approx(peak_bytes(tracker), rel=0.05)
+    assert predicted == pytest.approx(peak_bytes(tracker), rel=0.03)  # 2 % at these shapes
 
 
 @pytest.mark.parametrize("architecture, bias, batch_size, n_layer", SHAPES)
