@@ -51,7 +51,7 @@ SETTINGS = (
 
 @dataclass
 class ExportConfig:
-    init_from: str = setting("resume", "'resume': the latest checkpoint of out_dir; or a *.pt file", path=True)
+    init_from: str = setting("resume", "'resume': out_dir; or a *.pt file; or a Hugging Face folder or name", path=True)
     out_dir: str = setting("", "folder of the ckpt.pt to export; '': the newest out*/ here", path=True)
     export_dir: str = setting("", "the folder to write, which must not exist yet", path=True)
     dtype: str = setting("float32", "number format of the weights", choices=tuple(DTYPES))

@@ -47,8 +47,8 @@ class PrepareConfig:
     text_column: str = setting("text", "the column to read")
     val_fraction: float = setting(0.005, "share of the documents that go to val.bin", above=0, below=1)
     num_workers: int = setting(0, "threads that tokenize; 0: one per core. The result is the same", low=0)
-    max_documents: int = setting(0, "stop after so many documents; 0: take all", low=0)
-    max_tokens: int = setting(0, "stop after the document that reaches so many tokens; 0: take all", low=0)
+    max_documents: int = setting(0, "stop after this many documents; 0: take all", low=0)
+    max_tokens: int = setting(0, "stop after the document that reaches this many tokens; 0: take all", low=0)
     overwrite: bool = setting(False, "replace other bins in out_dir")
     verify: bool = setting(False, "only check the bins in out_dir against meta.json")
 

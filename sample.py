@@ -35,7 +35,7 @@ from model import GPT
 
 @dataclass
 class SampleConfig:
-    init_from: str = setting("resume", "'resume': out_dir; or a *.pt file; or GPT-2's folder or name", path=True)
+    init_from: str = setting("resume", "'resume': out_dir; or a *.pt file; or a Hugging Face folder or name", path=True)
     out_dir: str = setting("", "folder of the ckpt.pt to sample from; '': the newest out*/ here", path=True)
     start: str = setting("\n", "the prompt; FILE:prompt.txt reads it from a file, - from stdin; '' starts a document")
     interactive: bool = setting(False, "ask for one prompt after another, with one sample for each")

@@ -7,8 +7,8 @@ Trains a GPT on data/<dataset>/{train,val}.bin.
     python train.py config/finetune_gpt2.py --dataset=mine              # from GPT-2, on data/mine
     torchrun --standalone --nproc_per_node=4 train.py config/train_fineweb_4070.py      # on four GPUs
 
-Writes ckpt.pt, best.pt, metrics.jsonl, loss.png and samples.txt to out_dir. Ctrl-C, SIGTERM and closing the terminal
-save and stop.
+Writes ckpt.pt, best.pt, metrics.jsonl, loss.png and samples.txt to out_dir. Ctrl-C and, except on Windows, SIGTERM and
+closing the terminal save and stop.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def main(arguments: list[str]):
     if config.eval_only:
         evaluate(trainer, None, pace, out_dir)
     elif progress.iter_num >= trainer.config.max_iters and progress.evaluated_iter == progress.iter_num:
-        print(f"this run is finished (iter {progress.iter_num:,}); a larger --max_iters would extend it")
+        print(f"this run is finished (iter {progress.iter_num:,}); larger --max_iters and --lr_decay_iters extend it")
     else:
         with lock_folder(out_dir) if ranks.is_first else contextlib.nullcontext():
             run(trainer, pace, out_dir)

@@ -7,7 +7,7 @@ init_from = "gpt2"  # the name on the Hugging Face hub, or a folder with config.
 eval_interval = 20
 eval_iters = 40
 log_interval = 1
-always_save_checkpoint = False  # the data are few: keep only what is better on text it has not seen
+always_save_checkpoint = False  # the data are few: save at better evaluations and at the end; best.pt is the best
 
 dataset = "finetune"
 gradient_accumulation_steps = 4

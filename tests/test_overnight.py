@@ -328,8 +328,9 @@ def test_no_thread_of_the_group_outlives_the_run(bins, tmp_path):
         "train.main(sys.argv[1:])\n"
         "print('threads', 'gloo' in str(during), 'gloo' in str(threads()), file=sys.stderr)\n"
     )
-    result = torchrun(2, bins, tmp_path / "out", script, max_iters=3)
+    result = torchrun(2, bins, tmp_path / "out", script, hours=3 / 3600)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("hours:") == 1  # decided once, and for both
     assert result.stderr.count("threads True False") == 2, result.stderr
 
 
