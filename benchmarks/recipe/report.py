@@ -4,8 +4,8 @@ The table and the picture of benchmarks/recipe/results.jsonl: prints Markdown, a
     python benchmarks/recipe/report.py
 
 The last column compares by tokens: how many times those of `muon-qwen3` a row takes to the same loss. It is
-exp(difference / slope), where the difference of the losses is the mean over the seeds that both have, because the seed
-decides which text is seen and moves all rows alike; and the slope is what muon-qwen3 gains for each e-fold of tokens.
+exp(difference / slope), where the difference of the losses is the mean over the seeds that both have, which decide what
+text is seen, and the slope is what muon-qwen3 gains for each e-fold of tokens.
 """
 
 import json
