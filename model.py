@@ -82,8 +82,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # CUDA's, from torch 2.12 on, returns float32 whatever x is
-            return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), RMS_NORM_EPS)
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), RMS_NORM_EPS)
 
 
 def rotary_table(block_size: int, head_size: int):
@@ -143,7 +142,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
         if rotation is not None:
-            q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+            with torch.autocast(x.device.type, enabled=False):  # CUDA's makes norms float32 from torch 2.12 on
+                q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # each (B, n_head, T, head_size)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
