@@ -159,7 +159,7 @@ def draw_losses(records: list[dict], path: Path):
         axes.plot([row["tokens"] for row in rows], [row[key] for row in rows], **style)
         axes.grid(alpha=0.3)
 
-    plot(loss_axes, steps, "train_loss", color="tab:blue", alpha=0.5, linewidth=1, label="train, each iteration")
+    plot(loss_axes, steps, "train_loss", color="tab:blue", alpha=0.5, linewidth=1, label="train, single iterations")
     plot(loss_axes, evals, "val_loss", color="tab:red", marker="o", markersize=4, label="val, fixed pass")
     plot(lr_axes, steps, "lr", color="tab:green")
     title = f"iter {evals[-1]['iter']:,}: val loss {evals[-1]['val_loss']:.3f}" if evals else ""
