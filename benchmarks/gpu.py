@@ -26,11 +26,12 @@ from pathlib import Path
 
 from common import RESULTS, ROOT
 from onenight.device import GB, RESERVE
-from onenight.files import first_line, make_folder, replacing, write_json
+from onenight.files import first_line, write_json
 
 import numpy as np
 
 from configurator import configure, setting
+from gpu_report import Report
 
 VRAM_GB = 12  # the memory that the project is made for; a larger card is held to it
 TINY = {
@@ -79,7 +80,8 @@ class Bench:
 
     def __init__(self, folder: Path, config: GpuConfig):
         self.folder, self.minutes, self.tiny = folder, config.minutes, False
-        self.peer, self.end = config.peer and Path(config.peer).resolve(), time.monotonic() + 60 * config.minutes
+        self.peer = Path(config.peer).resolve() if config.peer else None
+        self.end = time.monotonic() + 60 * config.minutes
         self.deadline = time.monotonic() + 120  # of the card, which everything depends on
         self.card = self.figures("card", f"--device={config.device}")
         if "failed" in self.card:
@@ -158,7 +160,8 @@ def train_config(file: str, bench: Bench) -> Iterator[tuple[str, dict]]:
     yield "the config's micro-batch", own
     if "failed" in own:
         return
-    share, free_gb = own.get("allocated_gb", own["plan_gb"]) / own["plan_gb"], VRAM_GB - RESERVE / GB
+    share = own.get("allocated_gb", own["plan_gb"]) / own["plan_gb"]  # of the plan that is really taken
+    free_gb = VRAM_GB - RESERVE / GB
     size = max((int(size) for size, gb in own["larger"].items() if gb * share <= free_gb), default=0)
     figures = {"skipped": "no larger one: by the plan and this peak, twice the micro-batch does not fit"}
     if size:
@@ -291,7 +294,7 @@ PARTS = [
 ]
 
 
-def measure_part(part: str, measure: Callable, limit_s: float, bench: Bench, report: "Report"):
+def measure_part(part: str, measure: Callable, limit_s: float, bench: Bench, report: Report):
     """Measures a part as far as it gets, and reports why it ended if it did not get to its end."""
     started, rows, missing = time.monotonic(), 0, ""
     bench.deadline = min(bench.end, started + limit_s)
@@ -308,42 +311,6 @@ def measure_part(part: str, measure: Callable, limit_s: float, bench: Bench, rep
         missing = f"{type(error).__name__}: {first_line(error)}"
     if missing:
         report.add(part, "the rest" if rows else "all of it", {"skipped": missing})
-
-
-# The figures that a line of the table tells, in this order, and their words.
-WORDS = {
-    "batch_size": "micro-batch {}", "tokens_per_s": "{:,.0f} tokens/s", "mfu": "MFU {:.0%}", "gain": "{:+.1%}",
-    "allocated_gb": "peak {:.2f} GB", "plan_gb": "planned {:.2f} GB", "reserved_gb": "reserved {:.2f} GB",
-    "compile_s": "compiled in {:.0f} s", "share_of_bandwidth": "{:.0%} of the copying speed", "note": "{}",
-    "times": "{:.2f} times", "matmul_tflops": "{:.2f} TFLOP/s", "copy_gb_s": "{:,.0f} GB/s read and written",
-    "limit_gb": "limited to {:.2f} GB", "went_on_with": "went on with micro-batch {}", "saved_gb": "{:.2f} GB on disk",
-    "loss_difference": "at most {:.1g} apart", "iters": "in {} iterations", "save_s": "{:.2f} s", "skipped": "{}",
-    "failed": "failed: {}",
-}  # fmt: skip
-
-
-class Report:
-    """The figures as JSON, and as a table beside it, both written anew with every line, which is also printed."""
-
-    def __init__(self, path: Path, about: dict):
-        make_folder(path.parent)
-        self.path, self.about, self.parts = path, about, {}
-        machine = "Tiny models on a CPU, which only show that the parts work" if about["tiny"] else about["machine"]
-        versions = [f"torch {about['torch']}", *(f"{key} {about[key]}" for key in ("cuda", "driver") if key in about)]
-        self.text = f"# {machine}\n\n{', '.join(versions)}, commit {about['commit']}, {about['date']}\n"
-        self.text += "\n| part | measured | result |\n|---|---|---|\n"
-        print(f"The figures, to be sent back, go to {path}; this table beside it.\n\n{self.text}", end="", flush=True)
-
-    def add(self, part: str, name: str, figures: dict):
-        """Adds the figures of a measurement."""
-        self.parts.setdefault(part, {})[name] = figures
-        words = ", ".join(text.format(figures[key]) for key, text in WORDS.items() if key in figures)
-        line = f"| {part} | {name} | {words.replace('|', '/')} |\n"
-        self.text += line
-        write_json(self.path, {**self.about, "parts": self.parts})
-        with replacing(self.path.with_suffix(".md"), "w") as file:
-            file.write(self.text)
-        print(line, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -157,9 +157,9 @@ def keep_gradients(module: torch.nn.Module):
 
 def about_compiling(config: MeasureConfig, compiled: bool, seconds: float) -> dict:
     """The seconds that it took, or that it did not work."""
-    return (
-        {"compile_s": seconds} if compiled else {"note": "torch.compile does not work here"} if config.compile else {}
-    )
+    if compiled:
+        return {"compile_s": seconds}
+    return {"note": "torch.compile does not work here"} if config.compile else {}
 
 
 def time_steps(trainer: Trainer, seconds: float) -> tuple[float, float]:

@@ -84,17 +84,18 @@ def predict_memory(model: GPT, batch_size: int, dtype: str, optimizer="adamw", c
     saved += (3 if shape.parts.gated else 2) * narrow * shape.mlp_width / shape.n_embd
     saved += 0 if compiled else EAGER[shape.architecture]
     tokens = batch_size * shape.block_size
-    # The head's logits and their gradient, and its weight: the gradient, itself as it is read, and without
-    # torch.compile a summand of the gradient. There are half as many rows then, which are also in float32.
-    head_weight, rows = shape.vocab_size * shape.n_embd, min(CHUNK_ROWS // (1 if compiled else 2), tokens)
-    row = shape.vocab_size * (2 * narrow if compiled else wide + 2 * narrow * (narrow < wide))
-    per_weight = wide + narrow * (1 if compiled or narrow == wide else 2)
+    # The head's logits with their gradient, and its weight as it is read with its gradient. Without torch.compile half
+    # as many rows at once, but also in float32, and a summand of the weight's gradient.
+    rows, per_logit, per_weight = min(CHUNK_ROWS, tokens), 2 * narrow, narrow + wide
+    if not compiled:
+        rows, per_weight = min(CHUNK_ROWS // 2, tokens), 2 * wide
+        per_logit = wide + 2 * narrow if narrow < wide else wide  # float32 is computed in place
     return {
         "weights": wide * parameters,
         "gradients": wide * parameters,
         "optimizer": wide * (2 * parameters - (matrices if optimizer == "muon" else 0)),  # Muon has one moment
         "activations": tokens * shape.n_layer * saved * shape.n_embd + (narrow * matrices if narrow < wide else 0),
-        "head": rows * row + head_weight * per_weight + 2 * tokens * shape.n_embd * narrow,
+        "head": shape.vocab_size * (rows * per_logit + shape.n_embd * per_weight) + 2 * tokens * shape.n_embd * narrow,
     }
 
 

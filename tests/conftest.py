@@ -1,6 +1,5 @@
 """What the tests share: running the stage scripts as a user does, small data, small models."""
 
-import contextlib
 import io
 import json
 import os
@@ -12,6 +11,10 @@ import sys
 import time
 from pathlib import Path
 from unittest import mock
+
+from onenight.device import Ranks
+from onenight.train_config import TrainConfig
+from onenight.trainer import Trainer
 
 import numpy as np
 import pytest
@@ -144,21 +147,32 @@ def train_here(bins, out_dir, **changes):
         return run_here(train_script, *flags_of(bins, out_dir, changes))
 
 
-def run_here(script, *args):
+def run_here(script, *args, stdin=b""):
     """As run(), of a script that has been imported; what it does to streams and signals is undone."""
-    stdout, stderr, returncode = io.StringIO(), io.StringIO(), 0
+    streams = [io.TextIOWrapper(io.BytesIO(content), encoding="utf-8") for content in (stdin, b"", b"")]
+    before, returncode = (sys.stdin, sys.stdout, sys.stderr), 0
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    sys.stdin, sys.stdout, sys.stderr = streams
     try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            script.main([str(argument) for argument in args])
+        script.main([str(argument) for argument in args])
     except SystemExit as end:
         returncode = end.code if isinstance(end.code, int) else int(end.code is not None)
-        stderr.write(end.code + "\n" if isinstance(end.code, str) else "")
+        print(end.code if isinstance(end.code, str) else "", end="", file=sys.stderr)
     finally:
+        sys.stdin, sys.stdout, sys.stderr = before
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler:
                 signal.signal(number, handler)
-    return subprocess.CompletedProcess(args, returncode, stdout.getvalue(), stderr.getvalue())
+    for stream in streams[1:]:
+        stream.flush()
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in streams[1:])
+    return subprocess.CompletedProcess(args, returncode, stdout, stderr)
+
+
+def make_trainer(bins, **changes):
+    """The Trainer of train_here()."""
+    config = TrainConfig(**{**TINY, "dataset": str(bins), **changes})
+    return Trainer(config, torch.device("cpu"), "float32", Ranks())
 
 
 STARTED = []

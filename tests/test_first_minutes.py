@@ -4,22 +4,15 @@ import re
 import time
 
 from onenight import metrics as metrics_module
-from onenight.device import Ranks, choose_dtype, limit_memory, usable_memory
+from onenight.device import choose_dtype, limit_memory, usable_memory
 from onenight.metrics import Metrics, Pace
-from onenight.train_config import TrainConfig
-from onenight.trainer import Trainer
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load, losses, metrics, start_training, stop, train, train_here, wait_for_line
+from conftest import load, losses, make_trainer, metrics, start_training, stop, train, train_here, wait_for_line
 
 import train as train_script
-
-
-def make_trainer(bins, **changes):
-    settings = {**TINY, "dataset": str(bins), **changes}
-    return Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="for a CPU alone")

@@ -8,17 +8,16 @@ import time
 from pathlib import Path
 
 from onenight.dataset import TrainWindows, open_bin
-from onenight.device import Ranks, is_out_of_memory
+from onenight.device import is_out_of_memory
 from onenight.metrics import Metrics, Pace
 from onenight.optimizer import make_optimizers
 from onenight.plan import predict_memory
 from onenight.train_config import TrainConfig
-from onenight.trainer import Trainer
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, SmallMemory, load, run_here
+from conftest import ROOT, SmallMemory, flags_of, load, make_trainer, run_here
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,11 +25,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 import train as train_script
 from model import GPT, GPTConfig, linear_cross_entropy
-
-
-def make_trainer(bins, **changes):
-    settings = {**TINY, "dataset": str(bins), **changes}
-    return Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
 
 
 @pytest.mark.parametrize(
@@ -74,8 +68,7 @@ def test_a_cpu_that_runs_out_of_memory_goes_on(bins, tmp_path):
         "train.run = limited; train.main(sys.argv[2:])\n"
     )
     sizes = {"batch_size": 16384, "gradient_accumulation_steps": 1, "max_iters": 1, "eval_iters": 1}
-    settings = {**TINY, "dataset": bins, "out_dir": tmp_path, **sizes}
-    command = [sys.executable, "-c", code, ROOT, *(f"--{key}={value}" for key, value in settings.items())]
+    command = [sys.executable, "-c", code, ROOT, *flags_of(bins, tmp_path, sizes)]
     result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "out of memory: going on with --batch_size=8192 --gradient_accumulation_steps=2" in result.stdout

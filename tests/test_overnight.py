@@ -23,9 +23,11 @@ from conftest import (
     ROOT,
     TINY,
     assert_one_sentence,
+    flags_of,
     load,
     losses,
     make_bins,
+    make_trainer,
     metrics,
     start_training,
     stop,
@@ -166,8 +168,7 @@ class Poisoned:
 
 
 def run_poisoned(bins, out_dir, is_poisoned, **changes):
-    settings = {**TINY, "dataset": str(bins), "out_dir": str(out_dir), **changes}
-    trainer = Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
+    trainer = make_trainer(bins, out_dir=str(out_dir), **changes)
     trainer.compiled_model = Poisoned(trainer, is_poisoned)
     out_dir.mkdir(exist_ok=True)
     train_script.train(trainer, Metrics(out_dir), Pace(trainer, 1.0, time.monotonic()), out_dir)
@@ -279,9 +280,8 @@ def test_the_summary_matches_the_run(bins, tmp_path):
 
 
 def torchrun(processes, bins, out_dir, script=ROOT / "train.py", **changes):
-    settings = {**TINY, "dataset": bins, "out_dir": out_dir, **changes}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [script, *(f"--{key}={value}" for key, value in settings.items())]
+    command += [script, *flags_of(bins, out_dir, changes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
@@ -337,8 +337,7 @@ def test_no_thread_of_the_group_outlives_the_run(bins, tmp_path):
 def test_an_overflow_under_loss_scaling_skips_all_optimizers_and_is_no_bad_iteration(bins):
     """With Muon and AdamW: an infinite gradient in one of them must leave the weights of both as they are."""
     muon = {"architecture": "qwen3", "optimizer": "muon", "embedding_lr": 0.1, "head_lr": 0.01, "vector_lr": 0.01}
-    settings = {**TINY, "dataset": str(bins), "out_dir": "unused", **muon}
-    trainer = Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
+    trainer = make_trainer(bins, **muon)
     for _ in range(3):  # head and outputs begin at zero, and pass no gradient on before they have changed
         trainer.step(1.0)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)

@@ -181,7 +181,7 @@ def test_it_stops_at_once_even_in_a_very_long_document(how, tmp_path):
     sent = time.monotonic()
     process.send_signal(how)
     output, errors = process.communicate()
-    assert time.monotonic() - sent < 5  # on a busy machine
+    assert time.monotonic() - sent < 2  # and not the seconds that the word still takes
     assert process.returncode == 130
     assert "stopped; the same command continues from here" in output
     assert errors == ""

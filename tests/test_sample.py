@@ -10,11 +10,12 @@ from onenight.tokenizer import EOT, EOT_TEXT, get_encoding
 
 import pytest
 import torch
-from conftest import ROOT, SmallMemory, assert_one_sentence, gpt2_of, run
+from conftest import ROOT, SmallMemory, assert_one_sentence, gpt2_of, run, run_here
 
+import sample as sample_script
 from configurator import configure
 from model import GPT, GPTConfig
-from sample import Page, SampleConfig, main, say_once, write_samples
+from sample import Page, SampleConfig, write_samples
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "bias": True, "dropout": 0.1, "vocab_size": 50304}
 
@@ -42,22 +43,9 @@ def door(out_dir, *flags, stdin=None):
 
 def sample(out_dir, *flags, stdin=b""):
     """sample.py in this process, which is faster."""
+    sample_script.say_once.cache_clear()
     stdin = stdin if isinstance(stdin, bytes) else stdin.encode()
-    streams = [io.TextIOWrapper(io.BytesIO(content), encoding="utf-8") for content in (stdin, b"", b"")]
-    before, returncode = (sys.stdin, sys.stdout, sys.stderr), 0
-    sys.stdin, sys.stdout, sys.stderr = streams
-    say_once.cache_clear()
-    try:
-        main(flags_of(out_dir, flags))
-    except SystemExit as end:
-        print(end, file=sys.stderr)
-        returncode = 1
-    finally:
-        sys.stdin, sys.stdout, sys.stderr = before
-    for stream in streams[1:]:
-        stream.flush()
-    stdout, stderr = (stream.buffer.getvalue().decode() for stream in streams[1:])
-    return subprocess.CompletedProcess(flags, returncode, stdout, stderr)
+    return run_here(sample_script, *flags_of(out_dir, flags), stdin=stdin)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])

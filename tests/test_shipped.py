@@ -1,12 +1,40 @@
-"""What the project ships: its configs train, and the README's plan is the program's."""
+"""What the project ships: its configs have their values and train, and the README's plan is the program's."""
 
+import dataclasses
 import re
 import sys
+
+from onenight.train_config import TrainConfig
 
 import pytest
 from conftest import ROOT, load, run_here, train_here
 
 import train as train_script
+from configurator import configure, read_config_file
+
+FINEWEB_4070 = dict(
+    out_dir="out-fineweb-single-parquet", eval_interval=500, eval_iters=200, log_interval=50,
+    always_save_checkpoint=True, wandb_log=True, wandb_project="fineweb", wandb_run_name="125M-single-parquet-4070",
+    dataset="fineweb", gradient_accumulation_steps=32, batch_size=16, block_size=1024, n_layer=12, n_head=12,
+    n_embd=768, dropout=0.0, bias=False, learning_rate=5e-4, max_iters=6000, warmup_iters=500, lr_decay_iters=6000,
+    min_lr=5e-5, beta2=0.99, weight_decay=0.1, compile=True,
+)  # fmt: skip
+SMALL = FINEWEB_4070 | dict(
+    out_dir="out-fineweb-single-parquet-small", wandb_run_name="30M-single-parquet-4070", n_layer=6, n_head=6,
+    n_embd=384, learning_rate=6e-4, min_lr=6e-5, max_iters=8000, lr_decay_iters=8000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name, values", [("train_fineweb_4070", FINEWEB_4070), ("train_fineweb_4070_small", SMALL)])
+def test_the_fineweb_configs_have_the_documented_values(name, values):
+    assert read_config_file(str(ROOT / "config" / f"{name}.py")) == values
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "config").glob("*.py")), ids=lambda file: file.stem)
+def test_every_config_file_of_the_project_is_accepted(file):
+    config = configure(TrainConfig, [str(file)], "")
+    assert dataclasses.asdict(config) == dataclasses.asdict(TrainConfig()) | read_config_file(str(file))
+
 
 TINY_SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2}
 CONFIGS = [path.name for path in sorted((ROOT / "config").glob("*.py")) if path.name != "finetune_gpt2.py"]

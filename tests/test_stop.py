@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, load, losses, start, start_training, stop, train, wait_for_line
+from conftest import ROOT, flags_of, load, losses, start, start_training, stop, train, wait_for_line
 
 HOURS_LONG = {"gradient_accumulation_steps": 10**6, "max_iters": 9, "lr_decay_iters": 9}  # an iteration of hours
 
@@ -53,9 +53,8 @@ def test_a_stop_in_a_long_evaluation(tmp_path):
 def test_a_stop_under_torchrun_in_an_iteration_of_hours(bins, tmp_path, to_all):
     """torchrun kills its processes 30 seconds after a Ctrl-C."""
     accumulation = 10**6 if to_all else 3000  # a process that does not hear it finishes its share first
-    settings = {**TINY, "dataset": bins, "out_dir": tmp_path, **HOURS_LONG, "gradient_accumulation_steps": accumulation}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    process = start(command, *(f"--{key}={value}" for key, value in settings.items()))
+    flags = flags_of(bins, tmp_path, {**HOURS_LONG, "gradient_accumulation_steps": accumulation})
+    process = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *flags])
     wait_for_line(process, "step 0:")
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     time.sleep(0.3)

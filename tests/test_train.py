@@ -3,10 +3,12 @@
 import math
 import re
 
+from onenight.dataset import TrainWindows
+
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_one_sentence, gpt2_of, load, make_bins, metrics, train, train_here
+from conftest import assert_one_sentence, gpt2_of, load, make_bins, make_trainer, metrics, train, train_here
 
 
 @pytest.fixture(scope="session")
@@ -74,14 +76,8 @@ def test_val_loss_is_that_of_another_gpt2_on_every_token(finished, bins):
 
 def test_a_step_is_that_of_a_plain_loop(bins):
     """Three iterations against transformers' GPT-2 with torch's AdamW, the micro-batches taken as one batch."""
-    from onenight.dataset import TrainWindows
-    from onenight.device import Ranks
-    from onenight.train_config import TrainConfig
-    from onenight.trainer import Trainer
-
-    settings = {**TINY, "dataset": str(bins), "weight_decay": 0.3, "grad_clip": 0.5}
-    trainer = Trainer(TrainConfig(**settings), torch.device("cpu"), "float32", Ranks())
-    # The trainer's own weights as a start, 20 times larger, so that the gradients pass the clipping.
+    trainer = make_trainer(bins, weight_decay=0.3, grad_clip=0.5)
+    # The trainer's own weights as a start, three times larger, so that the gradients pass the clipping.
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.mul_(3)

@@ -21,14 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# glibc gives the memory of the logits back to the system and fetches it again, which takes longer than the arithmetic.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**33),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
 if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ |= KEEP_MEMORY
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # a tenth faster, and read before Python starts
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
