@@ -43,7 +43,10 @@ def cpu_name() -> str:
 def commit() -> str:
     """The commit of this project, with -dirty if files differ from it."""
     command = ["git", "describe", "--always", "--dirty"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return "unknown"
     return result.stdout.strip() or "not committed"
 
 
