@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of the project's own, .venv.
+# All targets run in the project's own virtual environment, .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/run
-	$(BIN)/python -m onenight.make_demo
+	$(BIN)/python make_demo.py
 	$(BIN)/python prepare_single_parquet.py data/demo/train --out_dir=data/demo --val_fraction=0.05 --overwrite
 	rm -rf out-demo
 	$(BIN)/python train.py config/train_demo.py --hours=0.05
 	$(BIN)/python sample.py --out_dir=out-demo --num_samples=3 --max_new_tokens=200
-	@echo "The loss picture is out-demo/loss.png. To open the model in other tools (docs/use_your_model.md):"
+	@echo "The loss curve is in out-demo/loss.png. To use the model in other tools (see docs/use_your_model.md):"
 	@echo "$(BIN)/python -m pip install transformers && $(BIN)/python export.py --out_dir=out-demo --export_dir=my-gpt"
 
 test: $(VENV)/dev

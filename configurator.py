@@ -1,153 +1,334 @@
-"""Settings: one dataclass per script, Python config files, then --key=value overrides, in the order given.
+"""Settings of a script: a dataclass, Python config files, and --key=value flags.
 
-    learning_rate: float = setting(6e-4, "peak learning rate", low=0)  # a field of the dataclass Settings
-    settings = configure(Settings, sys.argv[1:], __doc__)  # config/small.py --learning_rate=1e-3 --compile=false
+    @dataclass
+    class Settings:
+        learning_rate: float = setting(6e-4, "peak learning rate", above=0)
 
-Files and flags pass the same checks of name, type and range, and all problems are reported at once."""
+    settings = configure(Settings, sys.argv[1:], __doc__)
+
+    $ python script.py config/small.py --learning_rate=1e-3 --compile=False
+
+Arguments are applied in the order given, and later ones override earlier ones. Values from files
+and from flags pass the same checks of name, type and range. All problems are reported at once.
+"""
 
 import ast
 import dataclasses
 import difflib
+import functools
 import operator
 import os
 import runpy
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 PROJECT = Path(__file__).parent
-DASHES = "-–—"  # the longer ones are what a word processor makes of --
-RANGES = {"low": operator.ge, "above": operator.gt, "high": operator.le, "below": operator.lt}
-WORDS = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
+DASHES = "-–—"  # word processors turn -- into one of the longer ones
+IN_RANGE = {"low": operator.ge, "above": operator.gt, "high": operator.le, "below": operator.lt}
+RANGE_WORDS = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
+TYPE_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+class UserError(Exception):
+    """A problem that the user can solve.
+
+    The message is one clear sentence that says what is wrong and how to fix it. The scripts print
+    it to stderr without a traceback, and exit with status 1 (onenight.system.console.run_script).
+    """
 
 
 def setting(default, reason: str, choices: tuple = (), path: bool = False, **bounds):
-    """A dataclass field with its default and, for --help, the reason to change it. `choices` are the values allowed;
-    `path`: it names a file or folder, and ~ is expanded; `bounds`: low, high (inclusive), above, below (exclusive)."""
-    return dataclasses.field(default=default, metadata=dict(reason=reason, choices=choices, path=path, bounds=bounds))
+    """Return a dataclass field with a default, a help text and the values that it accepts.
+
+    Args:
+        default: the default, which must be of the field's type and is not checked.
+        reason: what the setting does, or why one would change it; printed by --help.
+        choices: the accepted values; any value if empty.
+        path: whether the value is the path of a file or folder, in which ~ is expanded.
+        bounds: limits of a number: ``low`` and ``high`` (inclusive), ``above`` and ``below``
+            (exclusive).
+    """
+    metadata = {"reason": reason, "choices": choices, "path": path, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def configure(cls, arguments: list[str], doc: str):
-    """An instance of the dataclass `cls`, whose fields are bool, int, float or str, with the arguments applied in
-    order. An argument is a config file (ends in .py), --key=value, --key (True), --help (prints `doc` and every key,
-    exits 0), or a plain path, collected by a class that has a `paths` field. What depends on more than one key the
-    class checks in __post_init__, by ValueError. Raises SystemExit, naming every problem, if there is any."""
-    if any(flag[:1] in DASHES and flag.lstrip(DASHES).partition("=")[0].lower() in ("h", "help") for flag in arguments):
+    """Return an instance of the dataclass `cls` with the command-line arguments applied in order.
+
+    An argument is a config file (its name ends in .py), ``--key=value``, ``--key`` (sets a bool to
+    True), ``--help`` (prints `doc` and every setting, and exits with status 0), or a plain path,
+    which is appended to ``paths`` if the class has a field of that name.
+
+    The fields of `cls` are declared by setting(), and their types are bool, int, float or str. A
+    rule that involves several settings is checked in ``__post_init__``, which raises ValueError.
+
+    Raises:
+        UserError: if anything is wrong with the arguments. The message has a line per problem.
+    """
+    if any(is_help_flag(argument) for argument in arguments):
         print(help_text(cls, doc))
         raise SystemExit(0)
+
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    values, problems, rest = {"paths": []} if fields.pop("paths", None) else {}, [], iter(arguments)
-    for argument in rest:
-        given = {}
+    takes_paths = fields.pop("paths", None) is not None
+    values = {"paths": []} if takes_paths else {}
+    problems = []
+
+    remaining = iter(arguments)  # read_flag() takes a second argument from it at times
+    for argument in remaining:
         try:
-            given = read_flag(argument, rest, fields)
-            if not given and argument.endswith(".py"):
-                given = read_config_file(argument, fields)
-            elif not given and argument and "paths" in values:
-                values["paths"].append(os.path.expanduser(argument))
-            elif not given:
-                raise ValueError("neither a config file (*.py) nor --key=value (no space at the =, spaces in quotes)")
+            given = read_argument(argument, remaining, fields, takes_paths)
         except ValueError as problem:
             problems.append(f"{argument or '(empty)'}: {problem}")
+            continue
+        if given is None:
+            values["paths"].append(os.path.expanduser(argument))
+            continue
         for key, value in given.items():
             try:
                 values[key] = check(fields, key, value)
             except ValueError as problem:
                 problems.append(f"{argument}: {problem}")
+
+    # Built even after other problems, so that those that __post_init__ finds are listed as well.
     try:
         settings = cls(**values)
     except ValueError as problem:
         problems.append(str(problem))
     if problems:
-        raise SystemExit("\n".join(problems))
+        raise UserError("\n".join(problems))
     return settings
 
 
-def read_flag(argument: str, rest: Iterator[str], fields: dict[str, dataclasses.Field]) -> dict:
-    """{key: value} of --key=value or --key; {} if the argument is no flag. Raises ValueError if there is no such key or
-    it is not written like this, with the flag to write; for `--key value` that takes the value from `rest`."""
+def read_argument(
+    argument: str,
+    remaining: Iterator[str],
+    fields: dict[str, dataclasses.Field],
+    takes_paths: bool,
+) -> dict | None:
+    """Return the settings that an argument gives, not yet checked, or None for a plain path.
+
+    Raises ValueError if the argument is not a flag, a config file or, with `takes_paths`, a path.
+    """
+    given = read_flag(argument, remaining, fields)
+    if given is not None:
+        return given
+    if argument.endswith(".py"):
+        return read_config_file(argument, fields)
+    if argument and takes_paths:
+        return None
+    raise ValueError(
+        "neither a config file (*.py) nor --key=value (no spaces around =; "
+        "quote a value that contains spaces)"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Flags
+
+
+def is_help_flag(argument: str) -> bool:
+    """Return whether an argument asks for help: -h, --help, --HELP, --help=learning_rate, ..."""
+    name = argument.lstrip(DASHES).partition("=")[0]
+    return argument[:1] in DASHES and name.lower() in ("h", "help")
+
+
+def read_flag(
+    argument: str, remaining: Iterator[str], fields: dict[str, dataclasses.Field]
+) -> dict | None:
+    """Return {key: value} for --key=value or --key, or None if the argument is not a flag.
+
+    Raises ValueError if the key does not exist, or if the flag is not written exactly like this;
+    the message then gives the flag to write. If that is because of ``--key value``, the value is
+    taken from `remaining`, so that it is not reported as a second problem.
+    """
     name, equals, text = argument.lstrip(DASHES).partition("=")
     key = name.lower().replace("-", "_")
-    if key in fields:
-        kind, flag = fields[key].type, f"--{key}{equals}{text}"
-        if kind is not bool and not equals:
-            value = next(rest, "=")
-            flag += f"={'VALUE' if value.startswith(('--', '=')) or value.endswith('.py') else value}"
-        if argument != flag:
-            raise ValueError(f"write {flag}")
-        return {key: parse(text, kind) if equals else True}
-    if argument.startswith("--"):
-        off = [f"--{on}=False" for on in fields if key in ("no" + on, "no_" + on) and fields[on].type is bool]
-        raise ValueError(f"there is no key '{name}'{nearest([*off, key][0], off or list(fields)) or '; see --help'}")
-    return {}
+    if key not in fields:
+        if argument.startswith("--"):
+            raise ValueError(f"there is no key '{name}'{hint_for_flag(key, fields)}")
+        return None
+
+    flag = f"--{key}{equals}{text}"
+    if not equals and fields[key].type is not bool:
+        flag += f"={value_after_space(remaining)}"
+    if argument != flag:
+        raise ValueError(f"write {flag}")
+    return {key: parse(text, fields[key].type) if equals else True}
 
 
-def read_config_file(path: str, keys=()) -> dict:
-    """The settings in a Python config file: the names that it sets. Unless they are among `keys`, names with a leading
-    underscore, imported names, functions and classes are the file's own. A relative path is looked for in the working
-    directory, then in the project's folder. Raises ValueError if the file is missing or fails."""
-    found = Path(path) if Path(path).is_file() else PROJECT / os.path.expanduser(path)
-    if not found.is_file():
-        others = map(str, [*Path(path).parent.glob("*.py"), *Path("config").glob("*.py")])
-        raise ValueError(f"no such file in {Path.cwd()} or {PROJECT}{nearest(path, list(others))}")
-    try:
-        names = runpy.run_path(str(found))
-        tree = ast.parse(found.read_bytes())
-    except (Exception, SystemExit) as error:
-        message = (str(error).strip() or "no message").splitlines()[0]
-        raise ValueError(f"this config file raises {type(error).__name__} ({message})") from None
-    own = {(node.asname or node.name).partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.alias)}
-    own |= {key for key, value in names.items() if key.startswith("_") or callable(value)}
-    return {key: value for key, value in names.items() if key in keys or key not in own}
+def value_after_space(remaining: Iterator[str]) -> str:
+    """Return the value of ``--key value``, or VALUE if the next argument does not look like one."""
+    value = next(remaining, "")
+    is_other_argument = value.startswith(("--", "=")) or value.endswith(".py")
+    return "VALUE" if not value or is_other_argument else value
+
+
+def hint_for_flag(key: str, fields: dict[str, dataclasses.Field]) -> str:
+    """Return what to write instead of --key, which is not a setting."""
+    for name, field in fields.items():
+        if field.type is bool and key in (f"no{name}", f"no_{name}"):
+            return f"; did you mean --{name}=False?"
+    return did_you_mean(key, list(fields)) or "; see --help"
 
 
 def parse(text: str, kind: type):
-    """The text of a flag as a value of `kind`, or a float for an int (6e3); if it is none, the text, for check()."""
+    """Return the text of a flag as a value of type `kind`.
+
+    For an int it may be a float, such as 6e3, which check() converts. If the text cannot be
+    converted, it is returned as it is, and check() refuses it.
+    """
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
+    for convert in (int, float) if kind is int else (kind,):
+        with suppress(ValueError):
+            return convert(text)
+    return text
+
+
+# -----------------------------------------------------------------------------
+# Config files
+
+
+def read_config_file(path: str, keys=()) -> dict:
+    """Run a Python config file and return the settings in it: the names that it assigns.
+
+    Names with a leading underscore, imported names, functions and classes belong to the file
+    itself. They are returned only if they are in `keys`. A relative path is looked up in the
+    working directory, then in the project's folder. Raises ValueError if the file is missing or
+    fails.
+    """
+    found = Path(path)
+    if not found.is_file():
+        found = PROJECT / os.path.expanduser(path)
+    if not found.is_file():
+        candidates = [*Path(path).parent.glob("*.py"), *Path("config").glob("*.py")]
+        hint = did_you_mean(path, [str(candidate) for candidate in candidates])
+        raise ValueError(f"no such file in {Path.cwd()} or {PROJECT}{hint}")
     try:
-        return kind(text)
-    except ValueError:
-        return parse(text, float) if kind is int else text
+        names, imported = run_config_file(str(found), found.stat().st_mtime_ns)
+    except (Exception, SystemExit) as error:
+        message = (str(error).strip() or "no message").splitlines()[0]
+        raise ValueError(f"this config file raises {type(error).__name__} ({message})") from None
+
+    settings = {}
+    for key, value in names.items():
+        is_private = key.startswith("_") or key in imported or callable(value)
+        if key in keys or not is_private:
+            settings[key] = value
+    return settings
+
+
+@functools.cache
+def run_config_file(path: str, modified_ns: int) -> tuple[dict, set[str]]:
+    """Run a config file, once for each time that it was modified. Return the names that it defines
+    and those that it imports."""
+    return runpy.run_path(path), imported_names(Path(path).read_bytes())
+
+
+def imported_names(source: bytes) -> set[str]:
+    """Return the names that the import statements of a Python file bind."""
+    aliases = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.alias)]
+    return {(alias.asname or alias.name).partition(".")[0] for alias in aliases}
+
+
+# -----------------------------------------------------------------------------
+# Checks
 
 
 def check(fields: dict[str, dataclasses.Field], key: str, value):
-    """`value` for `key`, an int as a float, or the reverse if that is exact. Raises ValueError if it is not allowed."""
+    """Return `value` for the setting `key`, converted to the setting's type if that is exact.
+
+    Raises ValueError if the key does not exist or the value is not accepted.
+    """
     if key not in fields:
-        near = nearest(key.lower(), list(fields))
-        raise ValueError(f"there is no key '{key}'{near or '; a leading underscore makes it a name of your own'}")
-    field, kind, path = fields[key], fields[key].type, fields[key].metadata.get("path")
-    value = value.item() if getattr(value, "ndim", None) == 0 else value  # one of numpy's
-    if {kind, type(value)} == {int, float} and abs(value) <= sys.float_info.max and value % 1 == 0:
-        value = kind(value)
-    too_large = type(value) in (int, float) and not abs(value) <= sys.float_info.max  # or not a number
-    if type(value) is not kind or too_large or (path and value != field.default and value[:1] in ("", "=")):
-        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a path" if path else "text"}
-        raise ValueError(f"{key} takes {wanted[kind]}, not {value!r:.80}")
-    in_range = all(RANGES[name](value, bound) for name, bound in field.metadata.get("bounds", {}).items())
-    if not in_range or (field.metadata.get("choices") and value not in field.metadata["choices"]):
-        raise ValueError(f"{key} must be {allowed_values(field)}, not {value!r}")
-    return os.path.expanduser(value) if path else value
+        hint = did_you_mean(key.lower(), list(fields))
+        raise ValueError(
+            f"there is no key '{key}'{hint or '; a leading underscore makes it a name of your own'}"
+        )
+    field = fields[key]
+    value = convert_number(value, field.type)
+    if not has_type(value, field):
+        type_words = "a path" if field.metadata["path"] else TYPE_WORDS[field.type]
+        raise ValueError(f"{key} takes {type_words}, not {value!r:.80}")
+    if not is_accepted(value, field):
+        raise ValueError(f"{key} must be {accepted_values(field)}, not {value!r}")
+    return os.path.expanduser(value) if field.metadata["path"] else value
 
 
-def allowed_values(field: dataclasses.Field) -> str:
-    """The range or the choices of a setting in words; '' if any value of its type will do."""
-    if field.metadata.get("choices"):
-        return " or ".join(map(repr, field.metadata["choices"]))
-    return " and ".join(f"{WORDS[name]} {bound}" for name, bound in field.metadata.get("bounds", {}).items())
+def convert_number(value, kind: type):
+    """Return an int as a float or a float as an int, if `kind` is the other and nothing is lost.
+
+    A NumPy scalar becomes Python's number first. Anything else is returned unchanged.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    is_other_kind = {kind, type(value)} == {int, float}
+    if is_other_kind and is_finite(value) and value % 1 == 0:
+        return kind(value)
+    return value
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """'; did you mean X?', or nothing if no name is close."""
-    close = difflib.get_close_matches(name, names, n=1)
+def is_finite(value: int | float) -> bool:
+    """Return whether a number is neither NaN, nor infinite, nor an int too large for a float."""
+    return abs(value) <= sys.float_info.max
+
+
+def has_type(value, field: dataclasses.Field) -> bool:
+    """Return whether a value has the setting's type, and is finite if a number, valid if a path."""
+    if type(value) is not field.type:
+        return False
+    if field.type in (int, float):
+        return is_finite(value)
+    if field.metadata["path"] and value != field.default:
+        return value != "" and not value.startswith("=")  # --out_dir==x is a typo
+    return True
+
+
+def is_accepted(value, field: dataclasses.Field) -> bool:
+    """Return whether a value of the right type is within the setting's bounds and choices."""
+    for name, bound in field.metadata["bounds"].items():
+        if not IN_RANGE[name](value, bound):
+            return False
+    choices = field.metadata["choices"]
+    return not choices or value in choices
+
+
+# -----------------------------------------------------------------------------
+# Words
+
+
+def accepted_values(field: dataclasses.Field) -> str:
+    """Return the choices or the range of a setting in words, or "" if there are none."""
+    if field.metadata["choices"]:
+        return " or ".join(repr(choice) for choice in field.metadata["choices"])
+    bounds = field.metadata["bounds"]
+    return " and ".join(f"{RANGE_WORDS[name]} {bound}" for name, bound in bounds.items())
+
+
+def did_you_mean(name: str, candidates: list[str]) -> str:
+    """Return "; did you mean X?" for the candidate closest to `name`, or "" if none is close."""
+    close = difflib.get_close_matches(name, candidates, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def help_text(cls, doc: str) -> str:
-    """What --help prints: `doc`, then every key with its default, its reason and its range."""
-    lines = [doc.strip(), "", "settings (in a config file: key = value; on the command line: --key=value)", ""]
+    """Return what --help prints: `doc`, then every setting with its default, reason and range."""
+    lines = [
+        doc.strip(),
+        "",
+        "settings (in a config file: key = value; on the command line: --key=value)",
+        "",
+    ]
     for field in dataclasses.fields(cls):
-        if field.name != "paths":
-            flag, allowed = f"--{field.name}={field.default!r}", allowed_values(field)
-            lines += [f"  {flag:38}  {field.metadata['reason']}{f' ({allowed})' if allowed else ''}"]
+        if field.name == "paths":
+            continue
+        flag = f"--{field.name}={field.default!r}"
+        line = f"  {flag:38}  {field.metadata['reason']}"
+        accepted = accepted_values(field)
+        if accepted:
+            line += f" ({accepted})"
+        lines.append(line)
     return "\n".join(lines)

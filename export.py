@@ -1,24 +1,27 @@
 """
-Writes a model as a Hugging Face folder, which transformers, llama.cpp and other tools open without this project's code.
+Write a model as a Hugging Face folder, which transformers, llama.cpp and other programs open
+without this project's code.
 
-    python export.py --out_dir=out-fineweb-single-parquet --export_dir=my-gpt
-    python export.py --init_from=out-fineweb-single-parquet/best.pt --export_dir=my-gpt --dtype=bfloat16
+    python export.py --out_dir=out-fineweb-fast --export_dir=my-gpt
+    python export.py --init_from=out-fineweb-fast/best.pt --export_dir=my-gpt --dtype=bfloat16
 """
 
+import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+
 import math
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from onenight.checkpoint import build_model, newest_run
-from onenight.console import set_up_output
-from onenight.device import DTYPES
-from onenight.files import duration, first_line, rename
-from onenight.huggingface import make_tokenizer, resolve_checkpoint, to_transformers
-from onenight.metrics import read_metrics
-
-from configurator import configure, setting
+from configurator import UserError, configure, setting
+from onenight.models.checkpoint import build_model, newest_run
+from onenight.models.hf_model import to_transformers
+from onenight.models.hf_tokenizer import make_tokenizer
+from onenight.models.huggingface import resolve_checkpoint, write_folder
+from onenight.system.console import run_script, set_up_output
+from onenight.system.device import DTYPES
+from onenight.system.wording import duration
+from onenight.training import optimizers, schedule
+from onenight.training.metrics import read_metrics
 
 CARD = """\
 ---
@@ -28,7 +31,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A language model of {millions:.0f}M parameters, a {architecture} with GPT-2's tokenizer.
+A language model with {millions:.0f}M parameters: a {architecture} with GPT-2's tokenizer.
 
 | | |
 |---|---|
@@ -43,16 +46,20 @@ print(write("Once upon a time", max_new_tokens=100)[0]["generated_text"])
 
 Made with One-night GPT.
 """
-SETTINGS = (
-    "optimizer", "learning_rate", "embedding_lr", "head_lr", "vector_lr", "min_lr", "warmup_iters", "warmdown_iters",
-    "weight_decay", "beta1", "beta2", "dropout",
-)  # fmt: skip
+# The settings of a run that its card lists.
+CARD_SETTINGS = (*optimizers.SETTINGS, *schedule.SETTINGS, "dropout")
 
 
 @dataclass
 class ExportConfig:
-    init_from: str = setting("resume", "'resume': out_dir; or a *.pt file; or a Hugging Face folder or name", path=True)
-    out_dir: str = setting("", "folder of the ckpt.pt to export; '': the newest out*/ here", path=True)
+    init_from: str = setting(
+        "resume",
+        "'resume': the latest of out_dir; or a *.pt file; or a Hugging Face folder or name",
+        path=True,
+    )
+    out_dir: str = setting(
+        "", "folder of the ckpt.pt to export; '': the newest out*/ here", path=True
+    )
     export_dir: str = setting("", "the folder to write, which must not exist yet", path=True)
     dtype: str = setting("float32", "number format of the weights", choices=tuple(DTYPES))
 
@@ -61,55 +68,72 @@ def main(arguments: list[str]):
     set_up_output("stdout", "stderr")
     config = configure(ExportConfig, arguments, __doc__)
     if not config.export_dir:
-        raise SystemExit("--export_dir=FOLDER is missing: where to write")
+        raise UserError("give the folder to write, with --export_dir=FOLDER")
     target = Path(config.export_dir)
     if target.exists():
-        raise SystemExit(f"{target} exists already; delete it, or choose another --export_dir")
-    resume = config.init_from == "resume"
-    run_dir = Path(config.out_dir or newest_run()) if resume else Path(config.init_from).parent
+        raise UserError(f"{target} already exists; delete it, or choose another --export_dir")
+
+    # the checkpoint, and the folder in which its run has left metrics.jsonl
+    if config.init_from == "resume":
+        run_dir = Path(config.out_dir or newest_run())
+        name = str(run_dir)
+    else:
+        run_dir = Path(config.init_from).parent
+        name = config.init_from
     checkpoint = resolve_checkpoint(config.init_from, run_dir)
-    model = build_model(checkpoint, str(run_dir) if resume else config.init_from)
+    model = build_model(checkpoint, name)
+
+    # the same in transformers' classes
     theirs = to_transformers(model, DTYPES[config.dtype])
-    card = model_card(target.name, theirs, checkpoint, read_metrics(run_dir / "metrics.jsonl"))
-    write_folder(target, theirs, make_tokenizer(model.config.block_size), card)
+    tokenizer = make_tokenizer(model.config.block_size)
+    records = read_metrics(run_dir / "metrics.jsonl")
+    card = model_card(target.name, theirs, checkpoint, records)
+    write_folder(target, theirs, tokenizer, card)
     print(f"{target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
 
 
-def model_card(name: str, model, checkpoint: dict, records: list[dict]) -> str:
-    """README.md: transformers' model, how it was trained according to checkpoint and metrics, and how to load it."""
-    shape, config, iter_num = checkpoint["model_args"], checkpoint.get("config", {}), checkpoint.get("iter_num", 0)
-    table = {"shape": "{n_layer} layers, {n_head} heads, {n_embd} wide, context {block_size:,} tokens".format(**shape)}
+def model_card(name: str, theirs, checkpoint: dict, records: list[dict]) -> str:
+    """Return README.md: what the model is, how it was trained, and how to load it.
+
+    `theirs` is transformers' model. How it was trained is known from the config in the checkpoint,
+    if there is one, and from the records of metrics.jsonl.
+    """
+    shape = checkpoint["model_args"]
+    config = checkpoint.get("config", {})
+    iter_num = checkpoint.get("iter_num", 0)
+
+    table = {}
+    table["shape"] = (
+        f"{shape['n_layer']} layers, {shape['n_head']} heads, {shape['n_embd']} wide, "
+        f"context {shape['block_size']:,} tokens"
+    )
     if {"dataset", "batch_size", "gradient_accumulation_steps"} <= config.keys():
-        per_iter = config["gradient_accumulation_steps"] * config["batch_size"] * shape["block_size"]
+        tokens_per_iter = (
+            config["gradient_accumulation_steps"] * config["batch_size"] * shape["block_size"]
+        )
         table["data"] = Path(config["dataset"]).name
-        table["iterations"] = f"{iter_num:,} of {per_iter:,} tokens, {iter_num * per_iter:,} in all"
-        table["settings"] = ", ".join(f"{key} {config[key]}" for key in SETTINGS if config.get(key))  # 0: without it
+        table["iterations"] = (
+            f"{iter_num:,} of {tokens_per_iter:,} tokens, {iter_num * tokens_per_iter:,} in total"
+        )
+        # Settings of 0 are off.
+        used = [f"{key} {config[key]}" for key in CARD_SETTINGS if config.get(key)]
+        table["settings"] = ", ".join(used)
     evals = [record for record in records if "val_loss" in record and record["iter"] <= iter_num]
     if evals:
-        table["val loss"] = f"{evals[-1]['val_loss']:.4f} nats per token at iteration {evals[-1]['iter']:,}"
-        table["time"] = duration(evals[-1]["elapsed_s"])
-    if math.isfinite(best := float(checkpoint.get("best_val_loss", math.inf))):
-        table["best val loss"] = f"{best:.4f}"
-    rows = "\n".join(f"| {key} | {value} |" for key, value in table.items())
-    millions, architecture = model.num_parameters() / 1e6, type(model).__name__
-    return CARD.format(name=name, millions=millions, architecture=architecture, table=rows)
+        last = evals[-1]
+        table["val loss"] = f"{last['val_loss']:.4f} nats per token at iteration {last['iter']:,}"
+        table["time"] = duration(last["elapsed_s"])
+    best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
+    if math.isfinite(best_val_loss):
+        table["best val loss"] = f"{best_val_loss:.4f}"
 
-
-def write_folder(target: Path, model, tokenizer, card: str):
-    """Writes transformers' model and tokenizer and the card to another folder, then renames it. Raises SystemExit."""
-    temporary = target.with_name(target.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        tokenizer.backend_tokenizer.model.save(str(temporary))  # OpenAI's own two files, for older tools
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        rename(temporary, target)
-    except Exception as error:  # OSError, and what safetensors and tokenizers have instead
-        raise SystemExit(f"{target}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)})")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return CARD.format(
+        name=name,
+        millions=theirs.num_parameters() / 1e6,
+        architecture=type(theirs).__name__,
+        table="\n".join(f"| {key} | {value} |" for key, value in table.items()),
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

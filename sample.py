@@ -1,7 +1,7 @@
 """
-Generates text with a trained model.
+Generate text with a trained model.
 
-    python sample.py --out_dir=out-fineweb-single-parquet --start="Once upon a time"
+    python sample.py --out_dir=out-fineweb-fast --start="Once upon a time"
     python sample.py --out_dir=out-demo --start=FILE:prompt.txt --num_samples=1 --temperature=0
     python sample.py --out_dir=out-demo --interactive
     python sample.py --init_from=out-demo/best.pt
@@ -9,6 +9,8 @@ Generates text with a trained model.
 
 The text goes to stdout, everything else to stderr.
 """
+
+import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
 
 import codecs
 import contextlib
@@ -20,152 +22,183 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onenight.checkpoint import build_model, newest_run
-from onenight.console import set_up_output
-from onenight.device import DTYPES, compile_model, is_out_of_memory, set_up_device
-from onenight.generate import Sampling, draw_uniforms, generate, pack_matrices
-from onenight.huggingface import resolve_checkpoint
-from onenight.tokenizer import EOT, EOT_TEXT, encode_document, get_encoding
-
 import torch
 
-from configurator import configure, setting
+from configurator import UserError, configure, setting
 from model import GPT
+from onenight.data.tokenizer import EOT, EOT_TEXT, encode_document
+from onenight.models.checkpoint import build_model, newest_run
+from onenight.models.generate import Sampling, draw_uniforms, generate, pack_matrices
+from onenight.models.huggingface import resolve_checkpoint
+from onenight.models.sample_printer import SamplePrinter
+from onenight.system.console import run_script, set_up_output
+from onenight.system.device import DTYPES, compile_model, set_up_device
+from onenight.system.memory import is_out_of_memory
 
 
 @dataclass
-class SampleConfig:
-    init_from: str = setting("resume", "'resume': out_dir; or a *.pt file; or a Hugging Face folder or name", path=True)
-    out_dir: str = setting("", "folder of the ckpt.pt to sample from; '': the newest out*/ here", path=True)
-    start: str = setting("\n", "the prompt; FILE:prompt.txt reads it from a file, - from stdin; '' starts a document")
+class SampleConfig(Sampling):
+    # which model
+    init_from: str = setting(
+        "resume",
+        "'resume': the latest of out_dir; or a *.pt file; or a Hugging Face folder or name",
+        path=True,
+    )
+    out_dir: str = setting(
+        "", "folder of the ckpt.pt to sample from; '': the newest out*/ here", path=True
+    )
+    # what to generate
+    start: str = setting(
+        "\n", "the prompt; FILE:prompt.txt: from a file; -: from stdin; '': a new document"
+    )
     interactive: bool = setting(False, "ask for one prompt after another, with one sample for each")
-    num_samples: int = setting(10, "samples to draw, all at once", low=1)
+    num_samples: int = setting(10, "number of samples, generated at the same time", low=1)
     max_new_tokens: int = setting(500, "tokens in each sample", low=1)
     stop: bool = setting(True, "end a sample at end-of-text; False: continue with a new document")
-    temperature: float = setting(0.8, "0 always takes the likeliest token, 1 keeps the model's probabilities", low=0)
-    top_k: int = setting(200, "sample from the k likeliest tokens only; 0: from all", low=0)
-    top_p: float = setting(1.0, "sample from the fewest tokens that together have this probability", above=0, high=1)
-    repetition_penalty: float = setting(1.0, "over 1, such as 1.1: tokens in the text become less likely", above=0)
     seed: int = setting(1337, "the same seed gives the same text", low=0)
+    # machine
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = setting("auto", "number format", choices=("auto", *DTYPES))
-    compile: bool = setting(False, "torch.compile: slow to start, then faster")
+    compile: bool = setting(False, "use torch.compile: slow to start, then faster")
 
 
 def main(arguments: list[str]):
     set_up_output("stderr")
-    sys.stdin = sys.stdin or open(os.devnull)  # closed from the start
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal may not have every character
+    set_up_text_streams()
     config = configure(SampleConfig, arguments, __doc__)
-    n_samples, step = 1 if config.interactive else config.num_samples, None
+    n_samples = 1 if config.interactive else config.num_samples
+
+    # the model; what its loading prints must not mix with the text
     with contextlib.redirect_stdout(sys.stderr):
         device, dtype, compiled = set_up_device(config.device, config.dtype, config.compile)
-        name = (config.out_dir or newest_run()) if config.init_from == "resume" else config.init_from
-        model = build_model(resolve_checkpoint(config.init_from, Path(name)), name, dtype).to(device)
+        model = load_model(config, dtype).to(device)
+        step = None
         if compiled:
-            torch._inductor.config.triton.cudagraphs = True  # on a GPU: one launch per token instead of hundreds
+            # On a GPU, CUDA graphs need one launch per token instead of hundreds.
+            torch._inductor.config.triton.cudagraphs = True
             step = compile_model(model)
         elif device.type == "cpu":
             pack_matrices(model, n_samples)
-    ask = functools.partial(input, "> " if sys.stdin.isatty() else "")
+
+    # the samples; each interactive prompt has the next number, and so other random numbers
     try:
-        prompts = iter(ask, None) if config.interactive else [read_prompt(config.start)]
-        for number, prompt in enumerate(prompts):
-            write_samples(model, step, config, dtype, prompt, range(number, number + n_samples))
-    except EOFError:
-        pass  # no more prompts
+        for number, prompt in enumerate(read_prompts(config)):
+            samples = range(number, number + n_samples)
+            write_samples(model, step, config, dtype, prompt, samples)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        raise SystemExit(f"the text cannot be written: {error.strerror}")
+        raise UserError(f"the text cannot be written: {error.strerror}")
+
+
+def set_up_text_streams():
+    """Make stdin and stdout accept any text, whatever their encoding."""
+    if sys.stdin is None:  # closed by the program that started this one
+        sys.stdin = open(os.devnull)
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="replace")
+
+
+def load_model(config: SampleConfig, dtype: str) -> GPT:
+    """Return the model that the config refers to. Raises UserError if it cannot be loaded."""
+    if config.init_from == "resume":
+        name = config.out_dir or newest_run()
+    else:
+        name = config.init_from
+    return build_model(resolve_checkpoint(config.init_from, Path(name)), name, dtype)
+
+
+def read_prompts(config: SampleConfig) -> Iterator[str]:
+    """Yield the prompt of --start or, if interactive, each line that is entered."""
+    if not config.interactive:
+        yield read_prompt(config.start)
+        return
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:  # Ctrl-D, or the end of a file
+            return
+        yield line
 
 
 def read_prompt(start: str) -> str:
-    """The prompt that --start means; bytes that are not UTF-8 become U+FFFD. Raises SystemExit if it cannot be read."""
-    name, content = start.removeprefix("FILE:"), os.fsencode(start)
+    """Return the prompt that --start refers to. Bytes that are not UTF-8 become U+FFFD. Raises
+    UserError if it cannot be read."""
+    name = start.removeprefix("FILE:")
     try:
         if start == "-":
             content = sys.stdin.buffer.read()
-        elif name != start:
+        elif start.startswith("FILE:"):
             content = Path(os.path.expanduser(name)).read_bytes()
+        else:
+            content = os.fsencode(start)
     except OSError as error:
-        raise SystemExit(f"{name}: the prompt cannot be read ({error})") from None
+        raise UserError(f"{name}: the prompt cannot be read ({error})") from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise SystemExit(f"{name}: the prompt is in UTF-16; save it as UTF-8")
+        raise UserError(f"{name}: the prompt is in UTF-16; save it as UTF-8")
     return content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
-def write_samples(model: GPT, step, config: SampleConfig, dtype: str, start: str, samples: range):
-    """Writes samples of one prompt, as many at once as fit in memory. Raises SystemExit if not even one does."""
-    prompt = [id for part in start.split(EOT_TEXT) for id in (EOT, *encode_document(part).tolist())][1:] or [EOT]
+def encode_prompt(prompt: str) -> list[int]:
+    """Return the ids of the prompt, in which <|endoftext|> is the token. An empty prompt is an
+    end-of-text, after which a document starts."""
+    ids = []
+    for number, document in enumerate(prompt.split(EOT_TEXT)):
+        if number > 0:
+            ids.append(EOT)
+        ids.extend(encode_document(document).tolist())
+    return ids or [EOT]
+
+
+def write_samples(model: GPT, step, config: SampleConfig, dtype: str, prompt: str, samples: range):
+    """Print the samples of one prompt, as many at once as fit in memory. Raises UserError if not
+    even one does."""
+    ids = encode_prompt(prompt)
     block_size = model.config.block_size
-    if len(prompt) + config.max_new_tokens > block_size:
-        say_once(f"the model sees {block_size} tokens; then it continues from the last {max(1, block_size // 2)}")
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
-    page, done, at_once = Page(start, samples.start), 0, len(samples)
-    started, n_tokens = time.perf_counter(), 0
-    while batch := samples[done : done + at_once]:
+    if len(ids) + config.max_new_tokens > block_size:
+        print_once(
+            f"the model's context is {block_size} tokens; each time it is full, "
+            f"generation continues from the last {max(1, block_size // 2)}"
+        )
+
+    printer = SamplePrinter(prompt, samples.start)
+    started = time.perf_counter()
+    n_tokens = 0
+    n_done = 0
+    at_once = len(samples)
+    while n_done < len(samples):
+        batch = samples[n_done : n_done + at_once]
         try:
             uniforms = draw_uniforms(config.seed, batch, config.max_new_tokens)
-            tokens = generate(model, prompt, uniforms, sampling, dtype, step)
-            n_tokens += page.write(tokens, batch, config.stop)
-            done += len(batch)
+            tokens = generate(model, ids, uniforms, config, dtype, step)
+            n_tokens += printer.print_samples(tokens, batch, config.stop)
+            n_done += len(batch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise SystemExit("out of memory with a single sample; try a smaller --max_new_tokens or prompt")
+                raise UserError(
+                    "out of memory with a single sample; use a smaller --max_new_tokens or prompt"
+                )
             at_once = len(batch) // 2
-            print(f"out of memory with {len(batch)} samples at once: going on with {at_once}", file=sys.stderr)
+            print(
+                f"out of memory with {len(batch)} samples at once: continuing with {at_once}",
+                file=sys.stderr,
+            )
     seconds = time.perf_counter() - started
-    print(f"{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.1f} tokens/s", file=sys.stderr)
-
-
-class Page:
-    """Samples of one prompt on stdout, one below the other, each with a line of dashes after it."""
-
-    def __init__(self, start: str, first: int):
-        self.start = start.encode(errors="replace")
-        self.sample, self.shown = first, 0  # the one being written, and how many of its bytes are out
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back an incomplete character
-
-    def write(self, tokens: Iterator[list[int]], samples: range, stop: bool) -> int:
-        """Writes the samples, but not again what an earlier attempt has written. Returns the number of tokens."""
-        texts, growing, n_tokens = {sample: bytearray(self.start) for sample in samples}, set(samples), 0
-        self.show(texts, growing)
-        for ids in tokens:
-            n_tokens += len(growing)
-            for sample, token in zip(samples, ids):
-                if stop and token == EOT:
-                    growing.discard(sample)
-                elif sample in growing:
-                    texts[sample] += get_encoding().decode_single_token_bytes(token)
-            self.show(texts, growing)
-            if not growing:
-                break
-        self.show(texts, growing=set())
-        return n_tokens
-
-    def show(self, texts: dict[int, bytearray], growing: set[int]):
-        """Writes the new text of the current sample; when it has ended, the next one with all its text so far."""
-        while self.sample in texts:
-            text, ended = texts[self.sample], self.sample not in growing
-            print(self.decoder.decode(text[self.shown :], final=ended), end="", flush=True)
-            self.shown = max(self.shown, len(text))
-            if not ended:
-                return
-            print("\n---------------", flush=True)
-            self.sample, self.shown = self.sample + 1, 0
+    print(
+        f"{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.1f} tokens/s",
+        file=sys.stderr,
+    )
 
 
 @functools.cache
-def say_once(message: str):
+def print_once(message: str):
     print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -1,5 +1,5 @@
 """
-One measurement of benchmarks/gpu.py, in a process of its own. The last line of its output is the figures as JSON.
+One measurement of benchmarks/gpu.py. The last line of the output is its figures as JSON.
 
     python benchmarks/gpu_measure.py card
     python benchmarks/gpu_measure.py training config/train_fineweb_4070.py --chunk_rows=1024
@@ -16,36 +16,40 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
-from common import bytes_per_step, circumstances
-from onenight import plan
-from onenight.checkpoint import build_model, save_checkpoint
-from onenight.device import (
-    Ranks,
+import torch
+
+import common
+import model
+from configurator import UserError, configure, setting
+from onenight.models.checkpoint import build_model, save_checkpoint
+from onenight.models.generate import Sampling, draw_uniforms, generate
+from onenight.system.console import run_script
+from onenight.system.device import (
     choose_device,
     choose_dtype,
     compile_model,
     measure_tflops,
-    peak_memory_gb,
     use_tf32,
 )
-from onenight.generate import Sampling, draw_uniforms, generate
-from onenight.train_config import TrainConfig
-from onenight.trainer import Trainer
+from onenight.system.distributed import Ranks
+from onenight.system.memory import GB, peak_memory_gb
+from onenight.training import plan
+from onenight.training.recovery import Recovery
+from onenight.training.settings import TrainConfig, resolve
+from onenight.training.trainer import Trainer
+from train import clip_and_update, forward_backward
 
-import torch
-
-import model
-from configurator import configure, setting
-
-PROMPT = [198]
+PROMPT = [198]  # a newline
 
 
 @dataclass
 class MeasureConfig(TrainConfig):
-    seconds: float = setting(5.0, "how long iterations or tokens are counted, after compiling", above=0)
-    micro_batches: int = setting(4, "in each measured iteration; the config's own number follows by arithmetic", low=1)
+    seconds: float = setting(5.0, "length of a measurement, after compiling", above=0)
+    micro_batches: int = setting(
+        4, "in each measured iteration; the config's own number is computed from them", low=1
+    )
     chunk_rows: int = setting(model.CHUNK_ROWS, "rows of the head at once", low=1)
-    bfloat16_stream: bool = setting(False, "carry what blocks add to in bfloat16, not in float32")
+    float32_stream: bool = setting(False, "carry the residual stream in float32, not bfloat16")
     cuda_graphs: bool = setting(False, "run the compiled passes as CUDA graphs")
     samples: int = setting(1, "samples at once", low=1)
     new_tokens: int = setting(512, "tokens in each sample", low=1)
@@ -54,92 +58,118 @@ class MeasureConfig(TrainConfig):
 def main(arguments: list[str]):
     measurements = {"card": card, "training": training, "saving": saving, "sampling": sampling}
     if not arguments or arguments[0] not in measurements:
-        raise SystemExit(f"the first argument is {' or '.join(measurements)}")
+        raise UserError(f"the first argument must be one of: {', '.join(measurements)}")
     config = configure(MeasureConfig, arguments[1:], __doc__)
-    device = choose_device(config.device)
-    use_tf32(device)
     with contextlib.redirect_stdout(sys.stderr):
-        figures = measurements[arguments[0]](config, device)
+        figures = measurements[arguments[0]](config)
     print(json.dumps(figures))
 
 
-def card(config: MeasureConfig, device: torch.device) -> dict:
-    """What the machine is, how fast its matrix products are, and how fast its memory."""
-    about = {"device": device.type, **circumstances(str(device)), "system": platform.platform()}
+# ---- the card
+
+
+def card(config: MeasureConfig) -> dict:
+    """Return what the machine is, and the speeds of its matrix products and of its memory."""
+    device = choose_device(config.device)
+    use_tf32(device)
+    figures = {
+        "device": device.type,
+        **common.circumstances(device),
+        "system": platform.platform(),
+    }
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        about |= {"cuda": torch.version.cuda, "driver": driver()}
-        about |= {"memory_gb": round(total / plan.GB, 2), "free_gb": round(free / plan.GB, 2)}
-        about["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
-    dtypes = dict.fromkeys((choose_dtype("bfloat16", device), "float32"))
-    about["tflops"] = {dtype: round(measure_tflops(device, dtype), 2) for dtype in dtypes}
-    return {**about, "copy_gb_s": round(copy_bandwidth(device) / plan.GB, 1)}
+        figures["cuda"] = torch.version.cuda
+        figures["driver"] = driver_version()
+        figures["memory_gb"] = round(total / GB, 2)
+        figures["free_gb"] = round(free / GB, 2)
+        properties = torch.cuda.get_device_properties(device)
+        figures["multiprocessors"] = properties.multi_processor_count
+    figures["tflops"] = {}
+    for dtype in (choose_dtype("bfloat16", device), "float32"):
+        if dtype not in figures["tflops"]:  # without bfloat16 both may be float32
+            figures["tflops"][dtype] = round(measure_tflops(device, dtype), 2)
+    figures["copy_gb_s"] = round(copy_bandwidth(device) / GB, 1)
+    return figures
 
 
-def driver() -> str:
-    """The version of NVIDIA's driver, as nvidia-smi tells it."""
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver, or "unknown"."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        return result.stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s read and written together while copying, the best of ten."""
-    size, best = 2**30 if device.type == "cuda" else 2**27, float("inf")
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    """Return the bytes/s read and written together by a copy, the fastest of ten."""
+    size = 2**30 if device.type == "cuda" else 2**27
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    fastest = float("inf")
     for _ in range(10):
         started = time.perf_counter()
         target.copy_(source)
-        wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size / best
-
-
-def wait(device: torch.device):
-    """Until the GPU has done all that it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        common.wait(device)
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * size / fastest
 
 
 def peak_gb(device: torch.device) -> dict[str, float]:
-    """The most memory since the peak was reset; nothing on a CPU, where it is not counted."""
+    """Return the most memory since the peak was reset; {} on a CPU, where it is not counted."""
     if device.type != "cuda":
         return {}
-    return dict(zip(("allocated_gb", "reserved_gb"), peak_memory_gb(device)))
+    allocated, reserved = peak_memory_gb(device)
+    return {"allocated_gb": allocated, "reserved_gb": reserved}
 
 
-def training(config: MeasureConfig, device: torch.device) -> dict:
-    """Speed and memory of training with the largest micro-batch up to batch_size that the memory allows."""
-    dtype = choose_dtype(config.dtype, device)
-    model.CHUNK_ROWS = plan.CHUNK_ROWS = config.chunk_rows
-    trainer = Trainer(replace(config, gradient_accumulation_steps=config.micro_batches), device, dtype, Ranks())
-    if config.bfloat16_stream:
-        trainer.model.transformer.drop.register_forward_hook(lambda module, args, output: output.bfloat16())
+# ---- training
+
+
+def training(config: MeasureConfig) -> dict:
+    """Return the speed and the memory of training with the largest micro-batch up to batch_size
+    that fits."""
+    wants_compile = config.compile
+    windows = config.windows_per_iter  # the measured iterations have fewer
+    config = resolve(
+        replace(config, gradient_accumulation_steps=config.micro_batches), config.device
+    )
+    device = torch.device(config.device)
+    model.CHUNK_ROWS = config.chunk_rows
+    plan.CHUNK_ROWS = config.chunk_rows
+    trainer = Trainer(config, Ranks())
+    recovery = Recovery(trainer)
+    if config.float32_stream:
+        common.use_float32_stream(trainer.model)
     if config.cuda_graphs:
         torch._inductor.config.triton.cudagraphs = True
         keep_gradients(trainer.model)
+
+    # The first iteration compiles and allocates.
     started = time.perf_counter()
-    trainer.step()
-    wait(device)
+    common.step(trainer, recovery)
+    common.wait(device)
     first_s = time.perf_counter() - started
-    trainer.step()
+    common.step(trainer, recovery)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    passes_s, update_s = time_steps(trainer, config.seconds)
-    size, windows = trainer.batch_size, config.batch_size * config.gradient_accumulation_steps
-    speed = config.tokens_per_iter / (passes_s * windows / trainer.windows_per_iter + update_s)
-    compiled = trainer.compiled_model is not trainer.model
+    passes_s, update_s = time_iterations(trainer, recovery, config.seconds)
+
+    # The speed of an iteration with all windows of the config
+    config_passes_s = passes_s * windows / config.windows_per_iter
+    tokens_per_s = windows * config.block_size / (config_passes_s + update_s)
+    size = trainer.micro_batch_size
     return {
         "batch_size": size,
         "windows": windows,
-        "dtype": dtype,
-        "tokens_per_s": speed,
-        "tflops": speed * trainer.model.flops_per_token() / 1e12,
-        "micro_batch_s": passes_s / trainer.gradient_accumulation_steps,
+        "dtype": config.dtype,
+        "tokens_per_s": tokens_per_s,
+        "tflops": tokens_per_s * trainer.model.flops_per_token() / 1e12,
+        "micro_batch_s": passes_s / trainer.micro_batches_per_iter,
         "update_s": update_s,
-        **about_compiling(config, compiled, first_s - passes_s - update_s),
+        **about_compiling(wants_compile, config.compile, first_s - passes_s - update_s),
         **peak_gb(device),
         "plan_gb": planned_gb(trainer, size),
         "larger": {n: planned_gb(trainer, n) for n in larger_sizes(trainer, windows)},
@@ -147,100 +177,115 @@ def training(config: MeasureConfig, device: torch.device) -> dict:
 
 
 def keep_gradients(module: torch.nn.Module):
-    """Gives the weights gradients that are zeroed and not replaced: else the first ones of an iteration would stay in
-    the memory of the CUDA graph, and the next micro-batch would overwrite them."""
+    """Give the weights gradients that are zeroed instead of replaced.
+
+    The first gradients of an iteration would otherwise lie in the memory of the CUDA graph, where
+    the next micro-batch overwrites them.
+    """
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     zero_grad = module.zero_grad
     module.zero_grad = lambda set_to_none: zero_grad(set_to_none=False)
 
 
-def about_compiling(config: MeasureConfig, compiled: bool, seconds: float) -> dict:
-    """The seconds that it took, or that it did not work."""
-    if compiled:
+def about_compiling(is_wanted: bool, works: bool, seconds: float) -> dict:
+    """Return the seconds that compiling took, or a note that it does not work."""
+    if works:
         return {"compile_s": seconds}
-    return {"note": "torch.compile does not work here"} if config.compile else {}
+    return {"note": "torch.compile does not work here"} if is_wanted else {}
 
 
-def time_steps(trainer: Trainer, seconds: float) -> tuple[float, float]:
-    """The median seconds of an iteration's passes, and of its clipping and update, over about so many seconds, but no
-    fewer than three iterations."""
-    passes, updates, forward_backward = [], [], trainer.forward_backward
-
-    def timed_passes():
+def time_iterations(trainer: Trainer, recovery: Recovery, seconds: float) -> tuple[float, float]:
+    """Train for about that many seconds, but at least three iterations. Return the median seconds
+    of the passes of an iteration, and those of its clipping and update."""
+    passes_s = []
+    updates_s = []
+    while len(passes_s) < 3 or sum(passes_s) + sum(updates_s) < seconds:
+        common.wait(trainer.device)
         started = time.perf_counter()
-        loss = forward_backward()  # waits for the device
-        passes.append(time.perf_counter() - started)
-        return loss
-
-    trainer.forward_backward = timed_passes
-    while len(passes) < 3 or sum(passes) + sum(updates) < seconds:
-        wait(trainer.device)
-        started = time.perf_counter()
-        trainer.step()
-        wait(trainer.device)
-        updates.append(time.perf_counter() - started - passes[-1])
-    return statistics.median(passes), statistics.median(updates)
+        loss = recovery.within_memory(forward_backward, trainer)
+        loss = trainer.sum_over_processes(loss)  # waits for the device
+        passed = time.perf_counter()
+        recovery.guard_update(clip_and_update, loss)
+        common.wait(trainer.device)
+        updates_s.append(time.perf_counter() - passed)
+        passes_s.append(passed - started)
+        trainer.progress.count_iteration(trainer.config)
+    return statistics.median(passes_s), statistics.median(updates_s)
 
 
 def larger_sizes(trainer: Trainer, windows: int) -> list[int]:
-    """Micro-batches of twice, four times and eight times the size that share the windows of an iteration; none if
-    memory has run out already."""
-    if trainer.batch_size < trainer.config.batch_size:
+    """Return the micro-batches of twice, four times and eight times the size that divide an
+    iteration of `windows` windows; [] if memory has already run out."""
+    if trainer.micro_batch_size < trainer.config.batch_size:
         return []
-    return [size for size in (trainer.batch_size * factor for factor in (2, 4, 8)) if windows % size == 0]
+    sizes = [factor * trainer.micro_batch_size for factor in (2, 4, 8)]
+    return [size for size in sizes if windows % size == 0]
 
 
-def planned_gb(trainer: Trainer, batch_size: int) -> float:
-    """The plan's prediction of the peak."""
-    config = trainer.config
-    memory = plan.predict_memory(trainer.model, batch_size, trainer.dtype, config.optimizer, config.compile)
-    return sum(memory.values()) / plan.GB
+def planned_gb(trainer: Trainer, micro_batch_size: int) -> float:
+    """Return the peak that the plan predicts."""
+    memory = plan.predict_memory(trainer.model, trainer.config, micro_batch_size)
+    return sum(memory.values()) / GB
 
 
-def saving(config: MeasureConfig, device: torch.device) -> dict:
-    """Seconds and size of a checkpoint, without an earlier one beside it."""
+# ---- checkpoints and sampling
+
+
+def saving(config: MeasureConfig) -> dict:
+    """Return the seconds and the size of a checkpoint, when there is no earlier one to replace."""
     config = replace(config, batch_size=1, gradient_accumulation_steps=1, compile=False)
-    trainer, path = Trainer(config, device, choose_dtype(config.dtype, device), Ranks()), config.data_dir / "saved.pt"
-    trainer.step()  # makes the optimizers' moments
-    wait(device)
+    trainer = Trainer(resolve(config, config.device), Ranks())
+    common.step(trainer, Recovery(trainer))  # creates the optimizers' state
+    common.wait(trainer.device)
+    path = config.data_dir / "saved.pt"
     started = time.perf_counter()
     save_checkpoint(path, trainer.checkpoint())
-    seconds, size = time.perf_counter() - started, path.stat().st_size
+    seconds = time.perf_counter() - started
+    size = path.stat().st_size
     path.unlink()
-    return {"save_s": seconds, "saved_gb": size / plan.GB}
+    return {"save_s": seconds, "saved_gb": size / GB}
 
 
-def sampling(config: MeasureConfig, device: torch.device) -> dict:
-    """Tokens/s of so many samples at once, from random weights."""
-    dtype, shape = choose_dtype(config.dtype, device), {**config.shape, "vocab_size": 50304}
+def sampling(config: MeasureConfig) -> dict:
+    """Return the tokens/s of several samples at once, from random weights."""
+    wants_compile = config.compile
+    config = resolve(config, config.device)
+    device = torch.device(config.device)
+    use_tf32(device)
+    shape = {**config.shape, "vocab_size": 50304}
     weights = model.GPT(model.GPTConfig(**shape)).state_dict()
-    gpt, step = build_model({"model_args": shape, "model": weights}, "random weights", dtype).to(device), None
+    checkpoint = {"model_args": shape, "model": weights}
+    gpt = build_model(checkpoint, "random weights", config.dtype).to(device)
+    step = None
     if config.compile:
-        torch._inductor.config.triton.cudagraphs = True  # as sample.py has it
+        torch._inductor.config.triton.cudagraphs = True  # as in sample.py
         step = compile_model(gpt)
 
-    def seconds_of(new_tokens: int) -> float:
+    def seconds_for(new_tokens: int) -> float:
         started = time.perf_counter()
         uniforms = draw_uniforms(config.seed, range(config.samples), new_tokens)
-        for _ in generate(gpt, PROMPT, uniforms, Sampling(temperature=0.8, top_k=200), dtype, step):
+        choice = Sampling(temperature=0.8, top_k=200)
+        for _ in generate(gpt, PROMPT, uniforms, choice, config.dtype, step):
             pass  # the ids of each token are on the CPU now
         return time.perf_counter() - started
 
-    first_s, spent = seconds_of(8), []
-    while sum(spent) < config.seconds:
-        spent.append(seconds_of(config.new_tokens))
-    speed = config.samples * config.new_tokens * len(spent) / sum(spent)
-    compiled = step is not None and step is not gpt
+    first_s = seconds_for(8)
+    spent_s = []
+    while sum(spent_s) < config.seconds:
+        spent_s.append(seconds_for(config.new_tokens))
+    tokens_per_s = config.samples * config.new_tokens * len(spent_s) / sum(spent_s)
+    steps_per_s = tokens_per_s / config.samples
+    step_bytes = common.bytes_per_step(gpt)
     return {
-        "dtype": dtype,
-        "tokens_per_s": speed,
-        "weights_gb": bytes_per_step(gpt) / plan.GB,
-        "weights_gb_s": bytes_per_step(gpt) * speed / config.samples / plan.GB,
-        **about_compiling(config, compiled, first_s),
+        "dtype": config.dtype,
+        "tokens_per_s": tokens_per_s,
+        "weights_gb": step_bytes / GB,
+        "weights_gb_s": step_bytes * steps_per_s / GB,
+        **about_compiling(wants_compile, config.compile, first_s),
         **peak_gb(device),
     }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -1,13 +1,16 @@
 """
-Parts of a run, timed one by one. --root times another checkout of the project, such as a former commit.
+Parts of a run, timed one by one. --root times another checkout, such as an earlier commit.
 
-    python benchmarks/parts.py head                             # the loss with its gradients, eager and compiled
-    python benchmarks/parts.py start                            # until the first iteration, with and without a cache
-    python benchmarks/parts.py messages                         # gradients summed over two processes
-    python benchmarks/parts.py ceiling                          # measure_tflops() beside a busy program
-    git worktree add ../before 89237fc && python benchmarks/parts.py head --root=../before
+    python benchmarks/parts.py head      # the loss with its gradients, eager and compiled
+    python benchmarks/parts.py start     # up to the first iteration, with and without a cache
+    python benchmarks/parts.py messages  # gradients summed over two processes
+    python benchmarks/parts.py ceiling   # measure_tflops(), alone and on a busy machine
 
-Prints the best of several runs. On a CPU, with one thread, so that the two cores of a small machine do not matter.
+    git worktree add ../before 89237fc
+    python benchmarks/parts.py head --root=../before
+
+Prints the fastest of several runs. They use one thread, so that the number of cores does not
+matter.
 """
 
 import argparse
@@ -18,28 +21,46 @@ import tempfile
 import time
 from pathlib import Path
 
-# The gradients of GPT-2 124M, by shape and number.
-SHAPES = [((50304, 768), 1), ((1024, 768), 1), ((768,), 25), ((2304, 768), 12), ((3072, 768), 24), ((768, 768), 12)]
+# The gradients of GPT-2 124M: shapes, and how many there are of each.
+SHAPES = [
+    ((50304, 768), 1),
+    ((1024, 768), 1),
+    ((768,), 25),
+    ((2304, 768), 12),
+    ((3072, 768), 24),
+    ((768, 768), 12),
+]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("head", "start", "messages", "ceiling"))
+    parts = {"head": head, "start": start, "messages": messages, "ceiling": ceiling}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=list(parts))
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1])
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     if args.part == "messages" and "RANK" not in os.environ:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *sys.argv]
-        raise SystemExit(subprocess.run(command).returncode)
-    sys.path.insert(0, str(args.root.resolve()))
-    import onenight  # noqa: F401  before torch, for its environment
+        raise SystemExit(subprocess.call([sys.executable, *TORCHRUN, *sys.argv]))
 
-    parts = {"head": head, "start": start, "messages": messages, "ceiling": ceiling}
-    parts[args.part](args.root.resolve())
+    root = args.root.resolve()
+    sys.path.insert(0, str(root))
+    set_up(root)
+    parts[args.part](root)
+
+
+def set_up(root: Path):
+    """Set the environment of the checkout, which must happen before torch is imported."""
+    if (root / "onenight" / "startup.py").exists():
+        import onenight.startup  # noqa: F401
+    else:  # an older commit
+        import onenight  # noqa: F401
 
 
 def best(job, times: int = 6) -> float:
-    """The seconds of the fastest of several calls, after one that does not count."""
+    """Return the seconds of the fastest of several calls, after one that does not count."""
     job()
     seconds = []
     for _ in range(times):
@@ -50,38 +71,57 @@ def best(job, times: int = 6) -> float:
 
 
 def head(root: Path):
+    """Time the loss of 4,096 rows of width 64 and 50,304 ids, with its gradients."""
     import torch
 
     from model import linear_cross_entropy
 
+    compiled = torch.compile(linear_cross_entropy, dynamic=False)
     weight = torch.nn.Parameter(torch.randn(50304, 64) / 10)
+    targets = torch.randint(50304, (4096,))
     for dtype in (torch.float32, torch.bfloat16):
-        x, targets = torch.randn(4096, 64, dtype=dtype).requires_grad_(), torch.randint(50304, (4096,))
-        eager = best(lambda x=x, targets=targets: linear_cross_entropy(x, weight, targets))
-        compiled = torch.compile(linear_cross_entropy, dynamic=False)
-        with_compile = best(lambda x=x, targets=targets, loss=compiled: loss(x, weight, targets))
-        print(f"{dtype}: eager {eager:.2f} s, compiled {with_compile:.2f} s")
+        x = torch.randn(4096, 64, dtype=dtype).requires_grad_()
+        seconds = [
+            best(lambda loss=loss, x=x: loss(x, weight, targets))
+            for loss in (linear_cross_entropy, compiled)
+        ]
+        print(f"{dtype}: eager {seconds[0]:.2f} s, compiled {seconds[1]:.2f} s")
 
 
 def start(root: Path):
+    """Time train.py with a single iteration, twice: the second run finds what the first one
+    compiled."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "val"):
-            np.random.default_rng(0).integers(0, 50257, 2000).astype("<u2").tofile(Path(folder) / f"{split}.bin")
-        flags = ["config/train_demo.py", "--compile", f"--dataset={folder}", "--max_iters=1", "--warmdown_iters=0"]
+            ids = np.random.default_rng(0).integers(0, 50257, 2000)
+            ids.astype("<u2").tofile(Path(folder, f"{split}.bin"))
+        flags = [
+            "config/train_demo.py",
+            f"--dataset={folder}",
+            "--compile",
+            "--max_iters=1",
+            "--warmdown_iters=0",
+            "--lr_decay_iters=2",
+        ]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
         for cache in ("no", "a full"):
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-            command = [sys.executable, "train.py", *flags, "--lr_decay_iters=2", f"--out_dir={folder}/{cache}"]
+            command = [sys.executable, "train.py", *flags, f"--out_dir={folder}/{cache}"]
             started = time.perf_counter()
             subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
-            print(f"train.py with one iteration, {cache} cache: {time.perf_counter() - started:.1f} s")
+            seconds = time.perf_counter() - started
+            print(f"train.py with one iteration, {cache} cache: {seconds:.1f} s")
 
 
 def messages(root: Path):
-    from onenight.device import start_ranks
-
+    """Time the sum of GPT-2's gradients over two processes."""
     import torch
+
+    try:
+        from onenight.system.distributed import start_ranks
+    except ImportError:  # an older commit
+        from onenight.device import start_ranks
 
     ranks, _ = start_ranks("cpu")
     gradients = [torch.ones(shape) for shape, number in SHAPES for _ in range(number)]
@@ -91,14 +131,21 @@ def messages(root: Path):
 
 
 def ceiling(root: Path):
-    from onenight.device import measure_tflops
-
+    """Measure the speed of matrix products alone, and beside twice as many busy programs as there
+    are cores."""
     import torch
 
-    alone = measure_tflops(torch.device("cpu"), "float32")
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
     try:
-        beside = measure_tflops(torch.device("cpu"), "float32")
+        from onenight.system.device import measure_tflops
+    except ImportError:  # an older commit
+        from onenight.device import measure_tflops
+
+    cpu = torch.device("cpu")
+    alone = measure_tflops(cpu, "float32")
+    busy_program = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(busy_program) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        beside = measure_tflops(cpu, "float32")
     finally:
         for process in busy:
             process.kill()

@@ -1,5 +1,6 @@
 # GPT-2 (124M) on one FineWeb parquet file and one 12 GB RTX 4070.
-# The values first noted for this card, with two corrections, each marked below.
+# These are the values of the config that circulates for this card, with two corrections, each
+# marked below.
 
 out_dir = "out-fineweb-single-parquet"
 eval_interval = 500
@@ -7,7 +8,8 @@ eval_iters = 200
 log_interval = 50
 always_save_checkpoint = True
 
-wandb_log = True  # optional: without wandb, a key or a network the run goes on, and says so
+# Optional: without wandb, a key or a network, training prints a message and continues.
+wandb_log = True
 wandb_project = "fineweb"
 wandb_run_name = "125M-single-parquet-4070"
 
@@ -16,8 +18,8 @@ gradient_accumulation_steps = 32
 batch_size = 16  # 16 * 32 * 1024 = 524,288 tokens per iteration
 block_size = 1024
 
-# Corrected: n_embd was 512. That is no multiple of 12 heads, so no model at all;
-# and with 8 heads it would be 64M. The 124M of GPT-2 is 12 layers, 12 heads, 768 wide.
+# Corrected: n_embd was 512, which is not divisible by 12 heads; with 8 heads it would be a 64M
+# model. GPT-2's 124M has 12 layers, 12 heads and width 768.
 n_layer = 12
 n_head = 12
 n_embd = 768
@@ -25,7 +27,8 @@ dropout = 0.0
 bias = False
 
 learning_rate = 5e-4
-max_iters = 6000  # 3.15 billion tokens: about 4.5 epochs of one file of 0.7 billion, so two files are better
+# 3.15 billion tokens, about 4.5 epochs of one file of 0.7 billion, so two files are better.
+max_iters = 6000
 warmup_iters = 500
 lr_decay_iters = 6000
 min_lr = 5e-5

@@ -1,4 +1,5 @@
-# A 30M model for a first evening on the same data: 6 layers, 6 heads, 384 wide (it was noted as 84M).
+# A 30M model for a first evening on the same data: 6 layers, 6 heads, width 384. The config that
+# circulates for this card calls it 84M.
 
 out_dir = "out-fineweb-single-parquet-small"
 eval_interval = 500
@@ -6,13 +7,14 @@ eval_iters = 200
 log_interval = 50
 always_save_checkpoint = True
 
-wandb_log = True  # optional: without wandb, a key or a network the run goes on, and says so
+# Optional: without wandb, a key or a network, training prints a message and continues.
+wandb_log = True
 wandb_project = "fineweb"
 wandb_run_name = "30M-single-parquet-4070"
 
 dataset = "fineweb"
-gradient_accumulation_steps = 32
-batch_size = 16
+gradient_accumulation_steps = 8
+batch_size = 64  # 64 * 8 * 1024 = 524,288 tokens per iteration
 block_size = 1024
 
 n_layer = 6

@@ -3,8 +3,9 @@ Makes the data of the recipe proxy: parquet files as ids of a vocabulary of 4,09
 
     python benchmarks/recipe/data.py --train=FILE.parquet --val=FILE.parquet --out_dir=FOLDER
 
-The vocabulary is GPT-2's first 4,095 ranks and end-of-text: a prefix of the ranks of a byte pair encoding is one too.
-With it the embeddings do not outweigh a small model's blocks, which can then be trained to the end on a CPU.
+The vocabulary consists of GPT-2's first 4,095 ranks and end-of-text. The first ranks of a byte pair
+encoding are themselves one. With so few ids, the embeddings do not outweigh the blocks of a small
+model, and a CPU can train it to completion.
 """
 
 import json
@@ -14,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import ROOT  # noqa: F401  (the project's folder is on the path now)
-from onenight.tokenizer import PATTERN, read_ranks
 
 import numpy as np
 import tiktoken
 from pyarrow import parquet
 
+import common  # noqa: F401  (puts the project on the path)
 from configurator import configure, setting
+from onenight.data.tokenizer import PATTERN, read_ranks
+from onenight.system.console import run_script
 
 VOCAB_SIZE = 4096
 END_OF_TEXT = VOCAB_SIZE - 1
@@ -39,23 +41,29 @@ def main(arguments: list[str]):
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     for split, source in (("train", config.train), ("val", config.val)):
-        ids = encode(parquet.read_table(source, columns=["text"]).column(0).to_pylist())
-        ids.tofile(out_dir / f"{split}.bin")
-        print(f"{out_dir / split}.bin: {len(ids):,} tokens")
+        documents = parquet.read_table(source, columns=["text"]).column(0).to_pylist()
+        ids = encode(documents)
+        path = out_dir / f"{split}.bin"
+        ids.tofile(path)
+        print(f"{path}: {len(ids):,} tokens")
     (out_dir / "meta.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}) + "\n")
 
 
 def encode(documents: list[str]) -> np.ndarray:
-    """The ids of all documents, each followed by end-of-text: little-endian uint16, shape (tokens,)."""
+    """Return the ids of all documents, each followed by end-of-text: little-endian uint16, shape
+    (tokens,)."""
     ranks = {token: rank for token, rank in read_ranks().items() if rank < END_OF_TEXT}
-    encoding = tiktoken.Encoding("gpt2-4096", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding(
+        "gpt2-4096", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
 
     def encode_one(text: str) -> np.ndarray:
         return np.append(encoding.encode_to_numpy(text), END_OF_TEXT).astype("<u2")
 
+    texts = [text for text in documents if text]
     with ThreadPoolExecutor(2) as pool:
-        return np.concatenate(list(pool.map(encode_one, filter(None, documents))))
+        return np.concatenate(list(pool.map(encode_one, texts)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

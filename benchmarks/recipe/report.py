@@ -1,11 +1,12 @@
 """
-The table and the picture of benchmarks/recipe/results.jsonl: prints Markdown, and draws benchmarks/recipe/loss.png.
+Prints benchmarks/recipe/results.jsonl as Markdown tables, and draws benchmarks/recipe/loss.png.
 
     python benchmarks/recipe/report.py
 
-The last column compares by tokens: how many times those of `muon-qwen3` a row takes to the same loss. It is
-exp(difference / slope), where the difference of the losses is the mean over the seeds that both have, which decide what
-text is seen, and the slope is what muon-qwen3 gains for each e-fold of tokens.
+The last column of a table is the number of tokens that a row needs to reach its loss, relative to
+`muon-qwen3`: exp(difference / slope). The difference is that of the losses, as the mean over the
+seeds that both rows have, because the seed decides which text is read. The slope is what muon-qwen3
+gains for each e-fold of tokens.
 """
 
 import json
@@ -21,53 +22,94 @@ BASE = "muon-qwen3"
 
 
 def main():
-    runs = [json.loads(line) for line in (FOLDER / "results.jsonl").read_text().splitlines()]
-    rows = defaultdict(dict)  # by name and length: the loss by seed
-    for run in runs:
-        name = " ".join(filter(None, (run["row"], run["changes"].replace("--", ""))))
-        rows[name, length(run)][run["seed"]] = final(run)
-    lengths = sorted(tokens for name, tokens in rows if name == BASE)
-    first, last = lengths[0], lengths[-1]
-    slope = difference(rows[BASE, first], rows[BASE, last]) / math.log(last / first)
+    lines = (FOLDER / "results.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    losses = losses_by_row(runs)
+    lengths = sorted(tokens for name, tokens in losses if name == BASE)
+    shortest = lengths[0]
+    longest = lengths[-1]
+    slope = difference(losses[BASE, shortest], losses[BASE, longest])
+    slope /= math.log(longest / shortest)
     print(
-        f"{BASE}: {slope:.3f} nats for each e-fold of tokens, between {first / 1e6:.1f} and {last / 1e6:.1f} million\n"
+        f"{BASE}: {slope:.3f} nats for each e-fold of tokens, "
+        f"between {shortest / 1e6:.1f} and {longest / 1e6:.1f} million\n"
     )
     for tokens in reversed(lengths):
-        print(f"| {tokens / 1e6:.1f} million tokens | val loss, by seed | times the tokens of {BASE} |\n|---|---|---|")
-        base = rows[BASE, tokens]
-        found = [(name, losses) for (name, seen), losses in rows.items() if seen == tokens]
-        for name, losses in sorted(found, key=lambda row: difference(row[1], base)):
-            times = math.exp(difference(losses, base) / slope)
-            by_seed = ", ".join(f"{loss:.4f}" for _, loss in sorted(losses.items()))
-            print(f"| {name} | {by_seed} | {'' if 'n_embd' in name else f'{times:.2f}'} |")
-        print()
-    draw([run for run in runs if length(run) == last and run["seed"] == runs[0]["seed"]])
+        print_table(losses, tokens, slope)
+    first_seed = runs[0]["seed"]
+    draw([run for run in runs if length(run) == longest and run["seed"] == first_seed])
 
 
-def difference(one: dict[int, float], other: dict[int, float]) -> float:
-    """The mean difference of two rows' losses over the seeds that both have."""
-    return statistics.mean(one[seed] - other[seed] for seed in one.keys() & other.keys())
+def losses_by_row(runs: list[dict]) -> dict:
+    """Return the final losses: {(name of the row, tokens): {seed: loss}}."""
+    losses = defaultdict(dict)
+    for run in runs:
+        losses[name_of(run), length(run)][run["seed"]] = final_loss(run)
+    return losses
+
+
+def name_of(run: dict) -> str:
+    """Return the row of a run, with its changes."""
+    return f"{run['row']} {run['changes'].replace('--', '')}".strip()
 
 
 def length(run: dict) -> int:
-    """The tokens of a run, rounded, because they are a multiple of those of its iterations."""
+    """Return the tokens of a run, rounded, because they are a multiple of those of its
+    iterations."""
     return round(run["tokens"], -5)
 
 
-def final(run: dict) -> float:
-    return run["val_loss"][-1][1]
+def final_loss(run: dict) -> float:
+    _, loss = run["val_loss"][-1]
+    return loss
+
+
+def difference(one: dict[int, float], other: dict[int, float]) -> float:
+    """Return the mean difference of two rows' losses over the seeds that both have."""
+    seeds = one.keys() & other.keys()
+    return statistics.mean(one[seed] - other[seed] for seed in seeds)
+
+
+def print_table(losses: dict, tokens: int, slope: float):
+    """Print the rows with that many tokens, the best first."""
+    print(
+        f"| {tokens / 1e6:.1f} million tokens | val loss, by seed | times the tokens of {BASE} |\n"
+        "|---|---|---|"
+    )
+    base = losses[BASE, tokens]
+    differences = {}
+    for name, row_tokens in losses:
+        if row_tokens == tokens:
+            differences[name] = difference(losses[name, tokens], base)
+    for name in sorted(differences, key=differences.get):
+        by_seed = ", ".join(f"{loss:.4f}" for _, loss in sorted(losses[name, tokens].items()))
+        times = f"{math.exp(differences[name] / slope):.2f}"
+        if "n_embd" in name:  # a larger model, whose tokens do not compare
+            times = ""
+        print(f"| {name} | {by_seed} | {times} |")
+    print()
 
 
 def draw(runs: list[dict]):
+    """Draw loss.png: the val loss of each run against tokens."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for run in sorted(runs, key=final):
-        tokens, losses = zip(*run["val_loss"])
-        label = f"{run['row']} {run['changes'].replace('--', '')}".strip()
-        (line,) = axes.plot([n / 1e6 for n in tokens[:-1]], losses[:-1], marker="o", markersize=3)
-        last = {"color": line.get_color(), "marker": "*", "markersize": 9, "linestyle": ""}
-        axes.plot(tokens[-1] / 1e6, losses[-1], **last, label=f"{label}: {losses[-1]:.3f}")
-    axes.set_xlabel("million tokens (dots: on 65,536 tokens of FineWeb; stars: at the end, on 524,288)")
+    for run in sorted(runs, key=final_loss):
+        million_tokens = [tokens / 1e6 for tokens, _ in run["val_loss"]]
+        losses = [loss for _, loss in run["val_loss"]]
+        (line,) = axes.plot(million_tokens[:-1], losses[:-1], marker="o", markersize=3)
+        axes.plot(
+            million_tokens[-1],
+            losses[-1],
+            color=line.get_color(),
+            marker="*",
+            markersize=9,
+            linestyle="",
+            label=f"{name_of(run)}: {losses[-1]:.3f}",
+        )
+    axes.set_xlabel(
+        "million tokens (dots: on 65,536 tokens of FineWeb; stars: at the end, on 524,288)"
+    )
     axes.set_ylabel("val loss (nats per token, 4,096 ids)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,0 +1,151 @@
+"""A training run with the changes of changes.py, for run.py and gpu_ab.py."""
+
+import time
+from dataclasses import dataclass, replace
+
+import common
+from changes import Lookahead, Muon, TailAverage
+from configurator import setting
+from onenight.training.optimizers import make_optimizers
+from onenight.training.recovery import Recovery
+from onenight.training.schedule import lr_multiplier_at
+from onenight.training.settings import TrainConfig
+from onenight.training.trainer import Progress, Trainer
+
+EVALS = 8  # in a run, at equal distances
+
+
+@dataclass
+class ChangedConfig(TrainConfig):
+    """train.py's settings, a schedule in fractions of the run, and the changes."""
+
+    warmup: float = setting(0.0, "warmup_iters as a fraction of max_iters", low=0, high=1)
+    warmdown: float = setting(
+        0.0, "warmdown_iters as a fraction of max_iters; 0: cosine decay", low=0, high=1
+    )
+    matrix_warmdown: float = setting(
+        0.0, "warmdown of the matrices, as a fraction of max_iters; 0: warmdown", low=0, high=1
+    )
+    normuon: bool = setting(False, "divide each row of Muon's update by the root of its moment")
+    cautious: bool = setting(False, "with Muon, decay only weights that the update makes smaller")
+    lookahead: bool = setting(False, "EMA-Nesterov around both optimizers")
+    tail_average: bool = setting(
+        False, "at the end, blend the weights with their average over the last 12 %"
+    )
+    float32_stream: bool = setting(False, "carry the residual stream in float32, not bfloat16")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.normuon or self.cautious) and self.optimizer != "muon":
+            raise ValueError("normuon and cautious change Muon: they need --optimizer=muon")
+
+
+def with_length(config: ChangedConfig, iters: int) -> ChangedConfig:
+    """Return the settings of a run of that many iterations, with its schedule."""
+    return replace(
+        config,
+        max_iters=iters,
+        lr_decay_iters=iters,
+        warmup_iters=round(config.warmup * iters),
+        warmdown_iters=round(config.warmdown * iters),
+    )
+
+
+class ChangedRun:
+    """Trains with the changes that the config of a new trainer asks for."""
+
+    def __init__(self, trainer: Trainer):
+        config = trainer.config
+        model = trainer.model
+        self.trainer = trainer
+        self.config = config
+        self.recovery = Recovery(trainer)
+        if config.normuon or config.cautious:
+            groups = trainer.optimizers["muon"].param_groups
+            trainer.optimizers["muon"] = Muon(
+                groups, row_norm=config.normuon, cautious=config.cautious
+            )
+        self.matrices = find_group(trainer, "matrices")
+        self.matrix_peak_lr = self.matrices["peak_lr"]
+        self.matrix_config = replace(
+            config, warmdown_iters=round(config.matrix_warmdown * config.max_iters)
+        )
+        self.lookahead = None
+        if config.lookahead:
+            self.lookahead = Lookahead(model.parameters(), config.max_iters)
+        self.tail_average = None
+        if config.tail_average:
+            self.tail_average = TailAverage(model.named_parameters(), config.max_iters)
+
+    def step(self) -> float:
+        """Train for one iteration of the schedule, and return its loss."""
+        progress = self.trainer.progress
+        lr_multiplier = lr_multiplier_at(self.config, progress.iter_num)
+        if self.config.matrix_warmdown:
+            matrix_multiplier = lr_multiplier_at(self.matrix_config, progress.iter_num)
+            # step() multiplies the peaks of all groups by the same number.
+            self.matrices["peak_lr"] = self.matrix_peak_lr * matrix_multiplier / lr_multiplier
+        if self.lookahead:
+            self.lookahead.before_step(progress.iter_num, lr_multiplier)
+        loss = common.step(self.trainer, self.recovery, lr_multiplier)
+        if self.lookahead:
+            self.lookahead.after_step()
+        if self.tail_average:
+            self.tail_average.after_step(progress.iter_num)
+        return loss
+
+    def val_loss(self, eval_iters: int) -> float:
+        """Return the val loss, over a pass of `eval_iters` units of 16,384 tokens."""
+        trainer = self.trainer
+        trainer.config = replace(trainer.config, eval_iters=eval_iters)
+        return self.recovery.within_memory(trainer.mean_loss, trainer.val_tokens)
+
+    def train(self, eval_iters: int, last_eval_iters: int) -> tuple[list[tuple], list[float]]:
+        """Train to the end.
+
+        Args:
+            eval_iters: the size of the evaluation after each eighth of the run.
+            last_eval_iters: that of the last one.
+
+        Returns:
+            The evaluations as pairs of the tokens trained on and the val loss, and the seconds of
+            each iteration.
+        """
+        trainer = self.trainer
+        last = self.config.max_iters
+        due = {round(n * last / EVALS) for n in range(1, EVALS + 1)}
+        evaluations = []
+        seconds = []
+        started = time.perf_counter()
+        while trainer.progress.iter_num < last:
+            iter_started = time.perf_counter()
+            self.step()
+            iter_num = trainer.progress.iter_num
+            if iter_num in due:
+                common.wait(trainer.device)  # for the update, which the evaluation is not part of
+            seconds.append(time.perf_counter() - iter_started)
+            if iter_num in due:
+                loss = self.val_loss(last_eval_iters if iter_num == last else eval_iters)
+                evaluations.append((trainer.progress.tokens, round(loss, 4)))
+                elapsed = time.perf_counter() - started
+                print(f"iter {iter_num}: val loss {loss:.4f}, {elapsed:.0f}s", flush=True)
+        return evaluations, seconds
+
+
+def find_group(trainer: Trainer, name: str) -> dict:
+    """Return the parameter group of that name."""
+    for optimizer in trainer.optimizers.values():
+        for group in optimizer.param_groups:
+            if group["name"] == name:
+                return group
+    raise KeyError(name)
+
+
+def start_anew(trainer: Trainer, weights: dict, config: ChangedConfig):
+    """Reset the trainer to iteration 0, with these weights and settings of the same shape. What has
+    been compiled is kept."""
+    trainer.config = config
+    trainer.model.load_state_dict(weights)
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.optimizers = make_optimizers(trainer.model, config, trainer.device)
+    trainer.progress = Progress()

@@ -1,0 +1,1 @@
+"""From parquet files to windows of tokens."""

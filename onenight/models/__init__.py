@@ -1,0 +1,1 @@
+"""Models as files and as writers of text: checkpoints, Hugging Face folders, generation."""

@@ -1,0 +1,143 @@
+"""The device, its number formats, and torch.compile.
+
+What this machine lacks is replaced by what it has, with a message.
+"""
+
+import sys
+import time
+
+import torch
+
+from configurator import UserError
+from onenight.system.wording import first_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MEASURE_S = 0.5  # how long measure_tflops() measures
+
+
+def set_up_device(device: str, dtype: str, compiled: bool) -> tuple[torch.device, str, bool]:
+    """Return the device, the number format and whether to compile, as this machine can.
+
+    The arguments are the settings of the same names. Raises UserError as choose_device() does.
+    """
+    chosen = choose_device(device)
+    use_tf32(chosen)
+    return chosen, choose_dtype(dtype, chosen), compiled and compile_works(chosen)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device of that name; "auto" is a GPU if there is one, or else the CPU.
+
+    Raises UserError if this machine does not have the device.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+        else:
+            device = "cpu"
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device={device} is not available here ({first_line(error)}); try --device=auto"
+        )
+
+
+def choose_dtype(dtype: str, device: torch.device) -> str:
+    """Return the number format to compute in, a key of DTYPES.
+
+    "auto" is bfloat16 on a GPU that supports it, float16 on an older GPU, and float32 on other
+    devices. A format that the device lacks, or emulates a hundred times slower, is replaced, with
+    a message.
+    """
+    on_gpu = device.type == "cuda"
+    has_bfloat16 = supports_bfloat16(device)
+    fallback = "float16" if on_gpu else "float32"
+    if dtype == "auto":
+        return "bfloat16" if on_gpu and has_bfloat16 else fallback
+    if dtype == "bfloat16" and not has_bfloat16:
+        print(f"this {'GPU' if on_gpu else 'CPU'} has no bfloat16 instructions: using {fallback}")
+        return fallback
+    if dtype == "float16" and not on_gpu:
+        print("float16 needs a GPU: using float32")
+        return fallback
+    return dtype
+
+
+def supports_bfloat16(device: torch.device) -> bool:
+    """Return whether the device has bfloat16 instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        has_onednn = torch.backends.mkldnn.is_available()
+        return has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return True
+
+
+def autocast(dtype: str, device: torch.device):
+    """Return the context for a forward pass: matrix products in `dtype`, weights in float32."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def use_tf32(device: torch.device):
+    """On a GPU, compute float32 matrix products in TF32.
+
+    TF32 drops 13 of the 23 bits of the mantissa, which training a GPT does not need.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def compile_works(device: torch.device) -> bool:
+    """Return whether torch.compile works here; if not, print the reason and the remedy."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as error:
+        # No C++ compiler, no Python headers, no Triton, a Python that is too new, ...
+        if sys.platform == "win32":
+            remedy = "pip install triton-windows, or train in WSL2"
+        else:
+            remedy = (
+                "install a C++ compiler and Python's headers "
+                "(on Debian and Ubuntu: apt install g++ python3-dev)"
+            )
+        print(f"torch.compile: disabled ({first_line(error)}). To enable it: {remedy}")
+        return False
+
+
+def compile_model(model):
+    """Return the model under torch.compile.
+
+    The inputs have only a few shapes, and each is compiled separately.
+    """
+    # A micro-batch that is halved because memory ran out is another shape.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(model, dynamic=False)
+
+
+def measure_tflops(device: torch.device, dtype: str) -> float:
+    """Return the TFLOP/s of large square matrix products, the ceiling that MFU is relative to.
+
+    It is that of the fastest product in MEASURE_S seconds.
+    """
+    # Small enough on a CPU that some product is not disturbed by other processes.
+    size = 8192 if device.type == "cuda" else 512
+    matrix = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    time_product(matrix)  # the first product loads the library
+    fastest = time_product(matrix)
+    end = time.monotonic() + MEASURE_S
+    while time.monotonic() < end:
+        fastest = min(fastest, time_product(matrix))
+    del matrix
+    torch.cuda.empty_cache()  # has no effect without a GPU
+    return 2 * size**3 / fastest / 1e12
+
+
+def time_product(matrix: torch.Tensor) -> float:
+    """Return the seconds that the product of a square matrix with itself takes."""
+    started = time.perf_counter()
+    (matrix @ matrix)[0, 0].item()  # item() waits for the device
+    return time.perf_counter() - started

@@ -1,0 +1,426 @@
+"""Helpers for all tests: running the scripts as a user does, small data, small models."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import train as train_script
+from configurator import UserError
+from onenight.system.distributed import Ranks
+from onenight.training.clock import Clock
+from onenight.training.optimizers import set_learning_rates
+from onenight.training.recovery import Recovery
+from onenight.training.run import Run
+from onenight.training.settings import TrainConfig, resolve
+from onenight.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = Path(__file__).parent / "programs"
+
+torch.set_num_threads(1)  # models this small are slower with more
+
+# -----------------------------------------------------------------------------
+# Running a script to its end
+
+
+def run(script, *args, cwd=None, env=None):
+    """Run a script of the project, or the program at a path, in a process of its own.
+
+    `env` changes the environment; None removes a variable. Return a CompletedProcess with text.
+    """
+    command = [sys.executable, ROOT / script, *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    env = {key: value for key, value in env.items() if value is not None}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def run_here(script, *args, stdin=b"", **options):
+    """Run the main() of an imported script in this process. Return what run() returns.
+
+    `options` are passed to main() beside the list of arguments.
+    The changes that the script makes to streams and signal handlers are undone.
+    """
+    captured = [
+        io.TextIOWrapper(io.BytesIO(content), encoding="utf-8") for content in (stdin, b"", b"")
+    ]
+    streams_before = (sys.stdin, sys.stdout, sys.stderr)
+    handlers_before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    returncode = 0
+    sys.stdin, sys.stdout, sys.stderr = captured
+    try:
+        script.main([str(argument) for argument in args], **options)
+    except UserError as error:
+        returncode = 1
+        print(error, file=sys.stderr)
+    except SystemExit as end:
+        returncode = end.code if isinstance(end.code, int) else int(end.code is not None)
+        print(end.code if isinstance(end.code, str) else "", end="", file=sys.stderr)
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = streams_before
+        for number, handler in handlers_before.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+    texts = []
+    for stream in captured[1:]:
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return subprocess.CompletedProcess(args, returncode, *texts)
+
+
+def run_torchrun(n_processes, script, *args):
+    """Run a script under torchrun with so many processes on this machine, as run() does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={n_processes}", ROOT / script, *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [str(word) for word in command], env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def assert_one_sentence(result, words):
+    """Assert that a script failed with one line on stderr, without a traceback, with `words`."""
+    assert result.returncode not in (0, None)
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+# -----------------------------------------------------------------------------
+# A small training run
+
+TINY = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 32,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "max_iters": 45,
+    "lr_decay_iters": 45,
+    "warmup_iters": 5,
+    "learning_rate": 1e-2,
+    "min_lr": 1e-3,
+    "eval_interval": 20,
+    "eval_iters": 1,
+    "device": "cpu",
+    "compile": False,
+}
+VOCAB_SIZE = 250  # train.py pads it to 256
+
+
+def make_bins(folder, vocab_size=VOCAB_SIZE, train_tokens=20_000, val_tokens=2500):
+    """Write train.bin, val.bin and meta.json with data that are easy to learn.
+
+    It is a walk over the ids in which the next id depends on the last one, with 10 % noise.
+    """
+    random = np.random.default_rng(0)
+    successor = random.permutation(vocab_size)
+    for split, n_tokens in (("train", train_tokens), ("val", val_tokens)):
+        ids = np.zeros(n_tokens, np.uint16)
+        for i in range(1, n_tokens):
+            ids[i] = successor[ids[i - 1]] if random.random() < 0.9 else random.integers(vocab_size)
+        ids.astype("<u2").tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    return folder
+
+
+def make_random_bins(folder, vocab_size, n_tokens):
+    """Write train.bin and val.bin with uniformly random ids."""
+    for split in ("train", "val"):
+        ids = np.random.default_rng(0).integers(0, vocab_size, n_tokens)
+        ids.astype("<u2").tofile(folder / f"{split}.bin")
+    return folder
+
+
+def flags_of(bins, out_dir, changes):
+    """Return train.py's arguments for TINY with `changes`."""
+    settings = {**TINY, "dataset": bins, "out_dir": out_dir, **changes}
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def train(bins, out_dir, *, env=None, **changes):
+    """Run train.py with TINY and `changes` in a process of its own."""
+    return run("train.py", *flags_of(bins, out_dir, changes), env=env)
+
+
+def train_here(bins, out_dir, **changes):
+    """Do the same in this process, which saves three seconds of imports and measurements."""
+    return train_by_clock(time.monotonic, *flags_of(bins, out_dir, changes))
+
+
+def train_by_clock(now, *arguments):
+    """Run train.py in this process. now() returns the seconds by which it measures time."""
+    with mock.patch("onenight.system.device.MEASURE_S", 0.0):
+        return run_here(train_script, *arguments, now=now)
+
+
+def make_config(bins, **changes):
+    """Return the resolved settings of TINY with `changes`."""
+    config = TrainConfig(**{**TINY, "dtype": "float32", "dataset": str(bins), **changes})
+    return resolve(config, config.device)
+
+
+def make_trainer(bins, *, ranks=None, **changes):
+    """Return the Trainer of train_here()."""
+    return Trainer(make_config(bins, **changes), ranks or Ranks())
+
+
+def make_run(trainer, out_dir, *, now=time.monotonic, ceiling=1.0):
+    """Return the Run of a trainer, ready for train.train(). `ceiling` is in TFLOP/s."""
+    out_dir.mkdir(exist_ok=True)
+    run = Run(trainer, Clock(now), ceiling, out_dir)
+    run.open_outputs()
+    return run
+
+
+def step(trainer, recovery=None, lr_multiplier=1.0):
+    """Do one iteration as train.py's loop does. Return the loss and the norm of the gradient."""
+    recovery = recovery or Recovery(trainer)
+    set_learning_rates(trainer.optimizers, lr_multiplier)
+    loss = recovery.within_memory(train_script.forward_backward, trainer)
+    loss = trainer.sum_over_processes(loss)
+    grad_norm = recovery.guard_update(train_script.clip_and_update, loss)
+    trainer.progress.count_iteration(trainer.config)
+    return loss, grad_norm
+
+
+@torch.no_grad()
+def logits_of_every_position(model, idx):
+    """Return the logits of all positions, (B, T, vocab_size); the model itself returns the last."""
+    outputs = []
+    hook = model.transformer.ln_f.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    model(idx)
+    hook.remove()
+    return model.lm_head(outputs[0])
+
+
+class SmallMemory:
+    """A model that runs out of memory with more than `limit` rows, from the `nth` call on.
+
+    The error is CUDA's. `calls` has the number of rows of each call.
+    """
+
+    def __init__(self, model, limit, nth=0):
+        self.model = model
+        self.limit = limit
+        self.nth = nth
+        self.calls = []
+        self.config = model.config
+        self.lm_head = model.lm_head
+
+    def __call__(self, ids, *arguments, **options):
+        self.calls.append(len(ids))
+        if len(ids) > self.limit and len(self.calls) >= self.nth:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.54 GiB.")
+        return self.model(ids, *arguments, **options)
+
+
+# -----------------------------------------------------------------------------
+# Processes that a test observes and stops
+
+STARTED = []  # the fixture in conftest.py kills those that are left
+
+
+def start(script, *args, cwd=None, stdin=None):
+    """Start a script of the project, or python with a list of arguments.
+
+    Return a Popen whose output can be read line by line while it runs.
+    """
+    command = [*script] if isinstance(script, list) else [ROOT / script]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, [*command, *args])],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_signals if os.name == "posix" else None,
+    )
+    STARTED.append(process)
+    return process
+
+
+def heed_signals():
+    """In a new process, stop ignoring the signals that nohup or a background job ignores."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start_training(bins, out_dir, **changes):
+    """Start train.py with TINY and `changes`."""
+    return start("train.py", *flags_of(bins, out_dir, changes))
+
+
+def stop(process, number=signal.SIGINT):
+    """Send a signal and wait for the process, which must exit with status 0.
+
+    Return what it printed after the signal, and how many seconds it took.
+    """
+    sent = time.monotonic()
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    return stdout, time.monotonic() - sent
+
+
+def wait_for_line(process, beginning):
+    """Read the output of a process up to a line with this beginning."""
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"ended without '{beginning}': {process.stderr.read()}")
+
+
+def wait_for_iter(process, number):
+    """Read the output of train.py up to iteration `number`, or the first one printed after it."""
+    for line in process.stdout:
+        iteration = re.match(r"iter (\d+):", line)
+        if iteration and int(iteration[1]) >= number:
+            return
+    raise AssertionError(f"ended before iter {number}: {process.stderr.read()}")
+
+
+def wait_until(condition, seconds=30):
+    """Wait until condition() is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met in time"
+        time.sleep(0.002)
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def write_parquet(path, texts, row_group_size=100, **columns):
+    """Write a parquet file with a text column (a list or an Arrow array) and other columns."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": texts, **columns})
+    parquet.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def read_files(folder):
+    """Return {name: content} of the files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def copy_project(folder):
+    """Copy the project, without what the stages wrote, for a test to change."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "out*", "wandb", "*.bin", "*.parquet")
+    return shutil.copytree(ROOT, folder, ignore=ignored)
+
+
+def metrics(out_dir):
+    """Return the records of metrics.jsonl."""
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out_dir):
+    """Return the records of metrics.jsonl without times, speeds and samples."""
+    keys = ("iter", "tokens", "train_loss", "val_loss", "train_loss_eval", "lr")
+    return [{key: record[key] for key in keys if key in record} for record in metrics(out_dir)]
+
+
+def load(out_dir, name="ckpt.pt"):
+    """Return a checkpoint."""
+    return torch.load(out_dir / name, weights_only=True)
+
+
+# -----------------------------------------------------------------------------
+# The same model in transformers
+
+
+def gpt2_of(checkpoint):
+    """Return transformers' GPT-2 with the weights of a checkpoint of architecture "gpt2"."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    args = checkpoint["model_args"]
+    config = GPT2Config(
+        vocab_size=args["vocab_size"],
+        n_positions=args["block_size"],
+        n_embd=args["n_embd"],
+        n_layer=args["n_layer"],
+        n_head=args["n_head"],
+        activation_function="gelu",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config)
+    weights = {}
+    for name, parameter in model.state_dict().items():
+        no_bias = torch.zeros_like(parameter)  # for a model with bias=False
+        value = checkpoint["model"].get(name, no_bias)
+        is_transposed = re.search(r"(c_attn|c_proj|c_fc)\.weight", name)
+        weights[name] = value.T if is_transposed else value
+    model.load_state_dict(weights)
+    return model
+
+
+QWEN3_MODULES = {
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_gate": "mlp.gate_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+
+
+def qwen3_names(weights):
+    """Return the weights of architecture "qwen3" under the names that transformers has for them."""
+    renamed = {
+        "model.embed_tokens.weight": weights["transformer.wte.weight"],
+        "model.norm.weight": weights["transformer.ln_f.weight"],
+        "lm_head.weight": weights["lm_head.weight"],
+    }
+    for name, value in weights.items():
+        match = re.match(r"transformer\.h\.(\d+)\.(.*)\.weight", name)
+        if not match:
+            continue
+        layer = f"model.layers.{match[1]}"
+        module = match[2]
+        if module == "attn.c_attn":
+            for projection, rows in zip("qkv", value.chunk(3)):
+                renamed[f"{layer}.self_attn.{projection}_proj.weight"] = rows
+        else:
+            renamed[f"{layer}.{QWEN3_MODULES[module]}.weight"] = value
+    return renamed
+
+
+def qwen3_of(checkpoint):
+    """Return transformers' Qwen3 with the weights of a checkpoint of architecture "qwen3"."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    args = checkpoint["model_args"]
+    config = Qwen3Config(
+        vocab_size=args["vocab_size"],
+        max_position_embeddings=args["block_size"],
+        hidden_size=args["n_embd"],
+        intermediate_size=len(checkpoint["model"]["transformer.h.0.mlp.c_fc.weight"]),
+        num_hidden_layers=args["n_layer"],
+        num_attention_heads=args["n_head"],
+        num_key_value_heads=args["n_head"],
+        head_dim=args["n_embd"] // args["n_head"],
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.load_state_dict(qwen3_names(checkpoint["model"]))
+    return model

@@ -1,0 +1,253 @@
+"""benchmarks/train.py with a very small peer, and benchmarks/gpu.py without a GPU."""
+
+import importlib
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import PROGRAMS, ROOT, TINY, assert_one_sentence, run, start, wait_for_line
+
+CIRCUMSTANCES = {"command", "commit", "date", "machine", "torch"}
+
+
+def test_every_benchmark_can_be_imported():
+    result = run(PROGRAMS / "import_benchmarks.py")
+    assert result.returncode == 0, result.stderr
+    assert "benchmarks/memory.py" in result.stdout.splitlines()
+
+
+# -----------------------------------------------------------------------------
+# benchmarks/train.py
+
+
+def bench(bins, **changes):
+    """Run benchmarks/train.py with tiny models."""
+    settings = {**TINY, "dataset": bins, "rounds": 1, "seconds": 0.2, **changes}
+    return run("benchmarks/train.py", *(f"--{key}={value}" for key, value in settings.items()))
+
+
+def test_ours_and_the_peer_are_measured_in_turn_and_saved(bins, tmp_path):
+    path = tmp_path / "figures.json"
+    result = bench(bins, rounds=2, peer=PROGRAMS / "peer", save=path)
+    assert result.returncode == 0, result.stderr
+    names = [line.split(":")[0] for line in result.stdout.splitlines()]
+    assert names == ["ours", "peer", "ours", "peer", "ours / peer"]
+
+    saved = json.loads(path.read_text())
+    assert saved.keys() == CIRCUMSTANCES | {"results", "median_tokens_per_s"}
+    for name, batch_size in (("ours", 8), ("peer", 4)):
+        for figures in saved["results"][name]:
+            assert figures["batch_size"] == batch_size
+            assert figures["iterations"] >= 1
+            assert figures["tokens_per_s"] > 0
+    for figures in saved["results"]["ours"]:
+        assert 0 <= figures["reading_share"] < 1
+    speeds = saved["median_tokens_per_s"]
+    assert f"ours / peer: {speeds['ours'] / speeds['peer']:.2f} times" in result.stdout
+
+
+def test_a_failed_measurement_is_reported_in_one_sentence(tmp_path):
+    assert_one_sentence(bench(tmp_path / "nowhere"), "No such file")
+
+
+# -----------------------------------------------------------------------------
+# benchmarks/gpu.py
+
+PARTS = [
+    "card",
+    "the night",
+    "the short night",
+    "nanoGPT",
+    "out of memory",
+    "resuming",
+    "sampling",
+    "the first evening",
+    "more training",
+    "switches",
+]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The module benchmarks/gpu.py."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu")
+
+
+def test_gpu_measures_every_part_without_a_gpu_and_a_failure_is_a_line(tmp_path):
+    data_before = sorted((ROOT / "data").rglob("*"))
+    path = tmp_path / "gpu.json"
+    result = run("benchmarks/gpu.py", "--device=cpu", "--peer=nowhere", f"--save={path}")
+    assert result.returncode == 0, result.stderr
+    assert sorted((ROOT / "data").rglob("*")) == data_before
+
+    saved = json.loads(path.read_text())
+    assert saved.keys() >= CIRCUMSTANCES | {"tiny", "tflops", "copy_gb_s", "parts"}
+    parts = saved["parts"]
+    assert list(parts) == PARTS
+    table = path.with_suffix(".md").read_text()
+    assert table in result.stdout
+    assert table.count("\n| ") == 1 + sum(len(rows) for rows in parts.values())
+
+    assert "nowhere/model.py" in parts["nanoGPT"]["peer, first"].pop("failed")
+    for rows in parts.values():
+        for figures in rows.values():
+            assert "failed" not in figures
+            assert figures.get("skipped") in (None, "needs a GPU")
+    for name in ("the night", "the short night", "the first evening", "more training"):
+        own, largest = parts[name].values()
+        assert own["plan_gb"] > 0
+        assert 0 < own["mfu"] < 1
+        assert largest["batch_size"] == 2 * own["batch_size"]
+    # On a CPU, a resumed run continues bit for bit.
+    resumed = parts["resuming"]["losses after a stop, resumed"]
+    assert resumed == {"loss_difference": 0, "iters": 10}
+    assert parts["sampling"]["8 samples, eager"]["share_of_bandwidth"] > 0
+    compared = [name for name, figures in parts["switches"].items() if "gain" in figures]
+    assert compared == [
+        "residual stream in float32",
+        "as it is, again",
+    ]
+
+
+class MadeUpCard:
+    """Answers like a GPU when a Bench runs a script, and records what was asked."""
+
+    def __init__(self):
+        self.asked = []  # pairs: the first two arguments, and the flags
+
+    def run(self, script, *arguments, **environment):
+        flags = {}
+        for argument in arguments:
+            if str(argument).startswith("--"):
+                key, value = argument[2:].split("=", 1)
+                flags[key] = value
+        self.asked.append((arguments[:2], flags))
+        if script.name == "train.py" and "only" not in flags:
+            return self.train(Path(flags["out_dir"]), int(flags["batch_size"]))
+        if flags.get("cuda_graphs"):
+            return "", "RuntimeError: overwritten | by a later run"
+        figures = self.measure(flags)
+        if arguments[0] == "card":
+            figures["device"] = "cuda"
+            figures["tflops"] = {"bfloat16": 50.0}
+            figures["copy_gb_s"] = 400.0
+            figures["multiprocessors"] = 46
+        return json.dumps(figures), ""
+
+    def train(self, out_dir, batch_size):
+        """A run of 20 iterations whose losses depend on the micro-batch."""
+        out_dir.mkdir(exist_ok=True)
+        lines = []
+        for i in range(20):
+            loss = 3.0
+            if batch_size == 8:
+                loss += i / 1000
+            record = {
+                "iter": i,
+                "train_loss": loss,
+                "peak_memory_gb": batch_size / 4,
+                "peak_reserved_gb": batch_size / 4 + 0.5,
+            }
+            lines.append(json.dumps(record) + "\n")
+        (out_dir / "metrics.jsonl").write_text("".join(lines))
+        printed = ""
+        if out_dir.name == "disturbed":
+            printed = "out of memory: continuing with --batch_size=8 ..."
+        return printed, ""
+
+    def measure(self, flags):
+        """Figures whose speed grows with the micro-batch, of which at most 16 windows fit, and 8 of
+        nanoGPT's."""
+        fitting = 8 if flags.get("only") == "peer" else 16
+        size = min(int(flags.get("batch_size", 16)), fitting)
+        speed = 1000.0 * size
+        if flags.get("float32_stream"):
+            speed *= 1.5
+        return {
+            "batch_size": size,
+            "tokens_per_s": speed,
+            "tflops": 20.0,
+            "dtype": "bfloat16",
+            "windows": 512,
+            "plan_gb": 8.0,
+            "allocated_gb": 5.0,
+            "larger": {"32": 14.0, "64": 27.0},
+            "weights_gb_s": 100.0,
+        }
+
+
+def test_gpu_computes_what_to_measure_next_from_the_figures_so_far(gpu, tmp_path, monkeypatch):
+    card = MadeUpCard()
+    monkeypatch.setattr(gpu.Bench, "run", card.run)
+    bench = gpu.Bench(tmp_path, gpu.GpuConfig(peer="somewhere"))
+    about = {"tiny": False, "machine": "a card", "torch": "", "commit": "", "date": ""}
+    report = gpu.Report(tmp_path / "gpu.json", about)
+    for part, measure, limit_s in gpu.PARTS:
+        gpu.measure_part(part, measure, limit_s, bench, report)
+    parts = report.parts
+    assert list(parts) == PARTS
+
+    # 5 GB of 8 planned: 14 GB planned would take 8.75, and 27 would take 17, more than 11.3.
+    night = ("training", "config/train_fineweb_4070.py")
+    sizes = [flags.get("batch_size") for what, flags in card.asked if what == night]
+    assert sizes == [None, "32"]
+    assert parts["the night"]["the config's micro-batch"]["mfu"] == 0.4
+
+    assert parts["nanoGPT"]["ours / peer"] == {"times": 2.0}
+    sizes = [flags["batch_size"] for _, flags in card.asked if "only" in flags]
+    assert sizes == ["16", "16", "16", "8", "8"]
+
+    # The whole micro-batch allocates 4 GB, half of it reserves 2.5, and the card keeps 0.7.
+    rows = parts["out of memory"]
+    assert rows["losses with memory for half, after running out"] == {
+        "limit_gb": 3.25 + 0.7,
+        "loss_difference": 0,
+        "iters": 20,
+        "went_on_with": 8,
+    }
+    half = rows["losses with half the micro-batch, undisturbed"]
+    assert half["loss_difference"] == pytest.approx(0.019)
+
+    assert parts["sampling"]["8 samples, compiled"]["share_of_bandwidth"] == 0.25
+
+    switches = parts["switches"]
+    assert switches["residual stream in float32"]["gain"] == 0.5
+    line = "| switches | CUDA graphs | failed: RuntimeError: overwritten / by a later run |"
+    assert line in report.text
+    assert "gain" in switches["as it is, again"]  # which comes after the failed one
+    assert "skipped" in switches["max-autotune"]  # the card is too small for it
+
+
+def test_gpu_names_the_parts_that_the_minutes_are_too_short_for(tmp_path):
+    path = tmp_path / "gpu.json"
+    result = run("benchmarks/gpu.py", "--device=cpu", "--minutes=0.01", f"--save={path}")
+    assert result.returncode == 0, result.stderr
+    parts = json.loads(path.read_text())["parts"]
+    assert list(parts) == PARTS
+    for rows in parts.values():
+        assert rows == {"all of it": {"skipped": "not reached in 0.01 minutes"}}
+
+
+def test_an_interrupted_gpu_benchmark_keeps_the_figures_so_far(tmp_path):
+    path = tmp_path / "gpu.json"
+    process = start("benchmarks/gpu.py", "--device=cpu", f"--save={path}")
+    wait_for_line(process, "| the night | the config's micro-batch")
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert len(process.stderr.read().splitlines()) == 1
+    parts = json.loads(path.read_text())["parts"]
+    assert parts["the night"]["the config's micro-batch"]["tokens_per_s"] > 0
+
+
+def test_gpu_refuses_a_file_that_is_not_json():
+    assert_one_sentence(run("benchmarks/gpu.py", "--save=figures.txt"), "must end in .json")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_refuses_a_gpu_that_is_not_there():
+    result = run("benchmarks/gpu.py", "--device=cuda")
+    assert_one_sentence(result, "device=cuda is not available here")

@@ -1,0 +1,246 @@
+"""benchmarks/recipe/: the changes to Muon, the rows of the proxy, and the arms of gpu_ab.py."""
+
+import importlib
+import json
+import math
+
+import pytest
+import torch
+
+from configurator import UserError
+from helpers import ROOT, TINY, run
+from onenight.system.distributed import Ranks
+from onenight.training.trainer import Trainer
+
+
+@pytest.fixture
+def import_module(monkeypatch):
+    """A function that imports a module of benchmarks/recipe/."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "recipe")
+    return importlib.import_module
+
+
+# -----------------------------------------------------------------------------
+# changes.py
+
+
+@pytest.fixture
+def muon(import_module):
+    """The Muon of changes.py."""
+    return import_module("changes").Muon
+
+
+SHAPES = [(64, 32), (32, 64), (64, 32), (32, 32)]
+
+
+def updated(optimizer, steps=10, **options):
+    """Return matrices before and after so many steps on random gradients, which are always the
+    same."""
+    random = torch.Generator().manual_seed(0)
+    before = [torch.randn(shape, generator=random) for shape in SHAPES]
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in before]
+    muon = optimizer(parameters, lr=0.02, momentum=0.95, **options)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+        muon.step()
+    return before, [parameter.detach() for parameter in parameters]
+
+
+def test_muon_without_its_options_updates_as_torchs_does(muon):
+    before, theirs = updated(torch.optim.Muon, weight_decay=0.1)
+    _, ours = updated(muon, weight_decay=0.1)
+    for start, one, other in zip(before, theirs, ours):
+        # Both compute in bfloat16, which has 8 bits, but add in another order, in five rounds.
+        assert (one - other).norm() < 0.02 * (one - start).norm()
+
+
+def spread_of_lengths(update):
+    """Return the ratio of the longest row to the shortest; of the columns if they are more."""
+    longer_side = 1 if len(update) >= update.size(1) else 0
+    lengths = update.norm(dim=longer_side)
+    return (lengths.max() / lengths.min()).item()
+
+
+def test_normuons_first_update_has_rows_of_one_length_and_the_same_norm(muon):
+    before, plain = updated(muon, steps=1, weight_decay=0.0)
+    _, even = updated(muon, steps=1, weight_decay=0.0, row_norm=True)
+    for start, one, other in zip(before, plain, even):
+        assert spread_of_lengths(one - start) > 1.1
+        assert spread_of_lengths(other - start) < 1.001
+        ratio = (other - start).norm() / (one - start).norm()
+        assert ratio.item() == pytest.approx(1, abs=0.01)
+
+
+def test_cautious_decay_spares_weights_that_the_update_makes_larger(muon):
+    before, without = updated(muon, steps=1, weight_decay=0.0)
+    _, cautious = updated(muon, steps=1, weight_decay=0.5, cautious=True)
+    for start, plain, decayed in zip(before, without, cautious):
+        becomes_smaller = (plain - start) * start < 0
+        torch.testing.assert_close(decayed, plain - 0.02 * 0.5 * start * becomes_smaller)
+        assert 0 < becomes_smaller.float().mean() < 1
+
+
+# -----------------------------------------------------------------------------
+# run.py
+
+TOKENS = 32 * 16 * 40  # 40 iterations
+
+
+def row_arguments(bins, row, save, *changes):
+    """Return the arguments of run.py that train a row of the proxy with a tiny model."""
+    settings = {
+        "n_layer": 1,
+        "n_embd": 32,
+        "block_size": 32,
+        "tokens": TOKENS,
+        "compile": False,
+        "dtype": "float32",
+        "dataset": bins,
+        "save": save,
+    }
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    return [row, *flags, *(f"--{change}" for change in changes)]
+
+
+def test_a_row_is_saved_with_its_changes(import_module, bins, tmp_path):
+    save = tmp_path / "rows.jsonl"
+    changes = ("normuon", "cautious", "lookahead", "tail_average", "matrix_warmdown=0.8")
+    import_module("run").main(row_arguments(bins, "muon-qwen3", save))
+    script = "benchmarks/recipe/run.py"
+    result = run(script, *row_arguments(bins, "muon-qwen3", save, *changes))
+    assert result.returncode == 0, result.stderr
+    plain, changed = [json.loads(line) for line in save.read_text().splitlines()]
+    assert plain["tokens"] == TOKENS
+    assert changed["tokens"] == TOKENS
+    for change in changes:
+        assert change not in plain["changes"]
+        assert change in changed["changes"]
+    losses = [row["val_loss"][-1][1] for row in (plain, changed)]
+    assert max(losses) < 5  # 5.5 is that of guessing among 250 ids
+    assert losses[0] != losses[1]
+
+
+def test_a_change_to_muon_is_refused_for_adamw(import_module, bins, tmp_path):
+    with pytest.raises(UserError, match="change Muon"):
+        import_module("run").main(
+            row_arguments(bins, "adamw-qwen3", tmp_path / "rows.jsonl", "normuon")
+        )
+
+
+# -----------------------------------------------------------------------------
+# gpu_ab.py
+
+ALL_ARMS = ["today", "stack", "stack-float32-residual"]
+
+
+@pytest.fixture
+def compare(import_module, bins, capsys):
+    """A function that runs gpu_ab.py, whose arms are processes, and returns what it prints."""
+
+    def compare(*flags):
+        import_module("gpu_ab").main([f"--dataset={bins}", "--device=cpu", *map(str, flags)])
+        return capsys.readouterr().out.splitlines()
+
+    return compare
+
+
+def test_the_arms_are_trained_to_the_same_length_and_compared(compare, tmp_path):
+    path = tmp_path / "arms.json"
+    # Too short for anything: the first arm chooses the smallest number of iterations.
+    printed = compare("--minutes=0.001", f"--save={path}")
+    saved = json.loads(path.read_text())
+    assert saved.keys() >= {"command", "commit", "date", "machine", "torch", "tokens_per_iter"}
+    assert saved["tokens_per_iter"] == 2 * 32 * 32
+    arms = saved["arms"]
+    assert list(arms) == ALL_ARMS
+    for figures in arms.values():
+        assert figures["iterations"] == 8
+        tokens, losses = zip(*figures["val_loss"])
+        assert tokens == tuple(range(2048, 8 * 2048 + 1, 2048))
+        assert losses[-1] < losses[0]
+        assert figures["tokens_per_s"] > 0
+    rate = 0.014 * math.sqrt(2048 / 262_144)
+    assert arms["today"]["learning_rates"]["learning_rate"] == pytest.approx(rate)
+    rate = 0.7 * math.sqrt(2048 / 524_288)
+    assert arms["stack"]["learning_rates"]["embedding_lr"] == pytest.approx(rate)
+
+    today, stack = [arms[name]["val_loss"][-1][1] for name in ("today", "stack")]
+    assert today != stack
+    words = f"stack: val loss {stack:.4f} ({stack - today:+.4f} against today)"
+    assert any(line.startswith(words) for line in printed)
+    (row,) = [line for line in printed if line.startswith("| stack - today")]
+    assert row.split(" | ")[8] == f"{stack - today:+.4f}"
+
+
+def test_a_failed_arm_is_a_line_and_the_others_are_trained(compare, tmp_path):
+    path = tmp_path / "arms.json"
+    # AdamW is an optimizer of the one arm, and impossible with the changes of the other.
+    printed = compare("--arms=stack,today", "--optimizer=adamw", "--iters=8", f"--save={path}")
+    arms = json.loads(path.read_text())["arms"]
+    assert "change Muon" in arms["stack"]["failed"]
+    assert arms["today"]["iterations"] == 8
+    for beginning in ("stack: failed: ", "| stack | failed: "):
+        assert any(line.startswith(beginning) for line in printed)
+
+
+def test_the_first_arm_that_does_not_fail_sets_the_length(import_module, bins, monkeypatch):
+    gpu_ab = import_module("gpu_ab")
+    trained = {"iterations": 123, "tokens": 1, "epochs": 1, "tokens_per_s": 1, "val_loss": [(1, 2)]}
+    lengths = []
+
+    def run_alone(name, arguments, iters):
+        lengths.append(iters)
+        return {"failed": "no reason"} if name == "today" else trained
+
+    monkeypatch.setattr(gpu_ab, "run_alone", run_alone)
+    config = gpu_ab.read_settings([f"--dataset={bins}", "--device=cpu"])
+    gpu_ab.compare(config, [])
+    assert lengths == [0, 0, 123]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--arms=yesterday"], "not yesterday"),
+        (["--iters=3"], "at least 8"),
+        (["--dataset=nowhere"], "no such file"),
+    ],
+)
+def test_wrong_settings_are_refused_before_any_arm_is_trained(import_module, bins, flags, words):
+    gpu_ab = import_module("gpu_ab")
+    with pytest.raises(UserError, match=words):
+        gpu_ab.main([f"--dataset={bins}", *flags])
+
+
+def test_the_iterations_and_the_evaluations_fill_the_time(import_module, capsys):
+    gpu_ab = import_module("gpu_ab")
+    assert gpu_ab.iterations_within(100, s_per_iter=2.0, eval_s=5.0) == 30
+    assert capsys.readouterr().out == ""
+    assert gpu_ab.iterations_within(50, s_per_iter=2.0, eval_s=5.0) == 8
+    assert "use more --minutes" in capsys.readouterr().out
+
+
+def test_a_run_that_starts_anew_repeats_itself(import_module, bins):
+    changed_run = import_module("changed_run")
+    settings = {
+        **TINY,
+        "dataset": str(bins),
+        "dtype": "float32",
+        "architecture": "qwen3",
+        "optimizer": "muon",
+        "embedding_lr": 0.1,
+        "head_lr": 0.01,
+        "normuon": True,
+        "lookahead": True,
+        "dropout": 0.1,
+    }
+    config = changed_run.with_length(changed_run.ChangedConfig(**settings), iters=8)
+    trainer = Trainer(config, Ranks())
+    weights = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    first_run = changed_run.ChangedRun(trainer)
+    losses = [first_run.step() for _ in range(8)]
+    changed_run.start_anew(trainer, weights, config)
+    second_run = changed_run.ChangedRun(trainer)
+    assert [second_run.step() for _ in range(8)] == losses

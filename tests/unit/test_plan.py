@@ -1,0 +1,248 @@
+"""plan.py: the memory and time that a run is expected to take, and what it says about them."""
+
+import re
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from helpers import flags_of, train_by_clock
+from model import GPT, GPTConfig, cross_entropy_and_gradient, linear_cross_entropy
+from onenight.training.optimizers import make_optimizers
+from onenight.training.plan import predict_memory
+from onenight.training.settings import TrainConfig
+
+FOR_12_GB = ["--plan_vram_gb=12", "--plan_tflops=49"]
+
+
+def plan(*arguments):
+    """Return what train.py prints with --plan."""
+    result = train_by_clock(time.monotonic, *arguments, "--plan")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def hours_in(text):
+    """Return the hours of the plan's time."""
+    hours, minutes = re.search(r"time: (\d+)h (\d+)m", text).groups()
+    return int(hours) + int(minutes) / 60
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+# architecture, bias, batch_size, n_layer: as in the shipped configs activations take most of the
+# memory, or, in the second one, weights do.
+SHAPES = [("gpt2", False, 16, 4), ("gpt2", True, 3, 4), ("qwen3", False, 8, 4)]
+
+
+def config_of(architecture, bias, n_layer, **settings):
+    """Return the resolved settings of a model of GPT-2's width, in bfloat16."""
+    if architecture == "qwen3":
+        settings = {"optimizer": "muon", "embedding_lr": 0.1, "head_lr": 0.1, **settings}
+    return TrainConfig(
+        n_layer=n_layer, bias=bias, architecture=architecture, dtype="bfloat16", **settings
+    )
+
+
+def peak_bytes(tracker):
+    """Return the most memory that a MemTracker has seen in use."""
+    return sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
+
+
+@pytest.mark.parametrize("architecture, bias, batch_size, n_layer", SHAPES)
+def test_the_predicted_peak_is_what_training_allocates(architecture, bias, batch_size, n_layer):
+    """In eager mode, without real memory."""
+    config = config_of(architecture, bias, n_layer, compile=False)
+    with FakeTensorMode():
+        model = GPT(GPTConfig(**config.shape, vocab_size=50304))
+        optimizers = make_optimizers(model, config, torch.device("cpu")).values()
+        tracker = MemTracker()
+        tracker.track_external(model, *optimizers)
+        x = torch.zeros(batch_size, 1024, dtype=torch.long)
+        with tracker:
+            for micro_batch in range(3):
+                with torch.autocast("cpu", torch.bfloat16):
+                    model(x, x)[1].backward()
+                if micro_batch != 1:  # an iteration of one micro-batch, then one of two
+                    for optimizer in optimizers:
+                        optimizer.step()
+                    model.zero_grad(set_to_none=True)
+                tracker.reset_mod_stats()
+    predicted = sum(predict_memory(model, config, batch_size).values())
+    assert predicted == pytest.approx(peak_bytes(tracker), rel=0.03)
+
+
+@pytest.mark.parametrize("architecture, bias, batch_size, n_layer", SHAPES)
+def test_the_predicted_activations_are_what_the_compiled_model_saves(
+    architecture, bias, batch_size, n_layer, monkeypatch
+):
+    """AOTAutograd's partitioner decides which tensors are saved for the backward pass."""
+    # The head is not a part of the graph, and Inductor's code cannot run with fake tensors.
+    monkeypatch.setattr("model.compiled_softmax", lambda: cross_entropy_and_gradient)
+    saved_bytes = []
+    torch._dynamo.reset()  # forget what other tests have compiled
+
+    def compile_forward(graph, inputs):
+        (output,) = graph.graph.find_nodes(op="output")
+        tensors = {}
+        for node in output.args[0]:
+            if node is not None and node.op != "placeholder":
+                tensors[node] = node.meta["val"]
+        sizes = [val.nbytes for val in tensors.values() if isinstance(val, torch.Tensor)]
+        saved_bytes.append(sum(sizes))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=compile_forward,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    config = config_of(architecture, bias, n_layer)
+    with FakeTensorMode():
+        model = GPT(GPTConfig(**config.shape, vocab_size=50304))
+        x = torch.zeros(batch_size, 1024, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.compile(model, backend=backend, dynamic=False)(x, x)
+    # The plan counts the output of the graph as a part of the head.
+    output_bytes = batch_size * 1024 * 768 * 2
+    predicted = predict_memory(model, config, batch_size)["activations"]
+    assert predicted == pytest.approx(sum(saved_bytes) - output_bytes, rel=0.05)
+
+
+def test_the_head_takes_less_than_a_gigabyte():
+    """With 16 x 1024 tokens and GPT-2's vocabulary in bfloat16, forward and backward."""
+    with FakeTensorMode():
+        x = torch.zeros(16 * 1024, 768, dtype=torch.bfloat16, requires_grad=True)
+        head = torch.nn.Linear(768, 50304, bias=False)
+        targets = torch.zeros(16 * 1024, dtype=torch.long)
+        with MemTracker() as tracker, torch.autocast("cpu", torch.bfloat16):
+            tracker.track_external(head, x, targets)
+            linear_cross_entropy(x, head.weight, targets).backward()
+    inputs = 16 * 1024 * 768 * 2 + 50304 * 768 * 4
+    # At least a chunk of logits and the gradient of the weight.
+    assert 0.4e9 < peak_bytes(tracker) - inputs < 1e9
+
+
+def test_dropout_and_larger_micro_batches_need_more_memory():
+    config = config_of("gpt2", False, 2)
+    with_dropout = replace(config, dropout=0.1)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**config.shape))
+        dropout_model = GPT(GPTConfig(**with_dropout.shape))
+    one = predict_memory(model, config, 1)
+    two = predict_memory(model, config, 2)
+    assert one["activations"] < two["activations"] < 2 * one["activations"]
+    for part in ("weights", "gradients", "optimizer"):
+        assert one[part] == two[part]
+    with_masks = predict_memory(dropout_model, with_dropout, 1)
+    assert with_masks["activations"] - one["activations"] == 2 * 1024 * 2 * 768
+
+
+# -----------------------------------------------------------------------------
+# The printed plan
+
+
+@pytest.mark.parametrize(
+    "name, iters, tokens_per_iter, lookups, max_hours, max_gb",
+    [
+        # Parameters that are not part of matrix products: the gains, and embeddings that are not
+        # the head as well.
+        ("train_fineweb_4070", 6000, 524_288, 25 * 768, 27, 10),
+        ("train_fineweb_4070_fast", 6500, 262_144, 50304 * 768 + 25 * 768 + 24 * 128, 9, 10),
+    ],
+)
+def test_the_plans_of_the_fineweb_configs_fit_a_card_of_12_gb(
+    name, iters, tokens_per_iter, lookups, max_hours, max_gb
+):
+    """And their figures are those of arithmetic done here."""
+    printed = plan(f"config/{name}.py", *FOR_12_GB)
+    matrices = 12 * 12 * 768**2 + 50304 * 768
+    flops = 6 * matrices + 12 * 12 * 768 * 1024
+    assert "at 49 TFLOP/s, as given; plus evaluation" in printed
+    expected_hours = iters * tokens_per_iter * flops / 49e12 / 3600
+    assert hours_in(printed) == pytest.approx(expected_hours, abs=0.02)
+    assert hours_in(printed) < max_hours
+    assert f"parameters: {(matrices + lookups) / 1e6:.2f}M" in printed
+    assert f"tokens: {tokens_per_iter:,} per iteration, {iters:,} iterations" in printed
+    assert f"{iters * tokens_per_iter:,}" in printed
+    total, parts = re.search(r"memory: ([\d.]+) GB at the peak \((.*)\)", printed).groups()
+    sizes = [float(size) for size in re.findall(r"[\d.]+", parts)]
+    assert sum(sizes) == pytest.approx(float(total), abs=0.1)
+    assert float(total) < max_gb
+    assert "fits: yes, in 11.3 GB free on a card of 12 GB" in printed
+
+
+def test_a_narrow_model_is_expected_to_reach_less_of_the_measured_speed():
+    efficiencies = []
+    for n_embd in (64, 768):
+        flags = [f"--n_embd={n_embd}", "--max_iters=100000000"]
+        printed = plan("config/train_demo.py", *flags)
+        efficiency, ceiling = re.search(
+            r"at (\d+)% \(expected\) of ([\d.]+) TFLOP/s, measured here", printed
+        ).groups()
+        efficiency = int(efficiency)
+        ceiling = float(ceiling)
+        flops = 6 * (4 * 12 * n_embd**2 + 50304 * n_embd) + 12 * 4 * n_embd * 64
+        hours = 1e8 * 512 * flops / (efficiency / 100 * ceiling * 1e12) / 3600
+        rounding = 0.005 / ceiling + 0.5 / efficiency  # of both figures as printed
+        assert hours_in(printed) == pytest.approx(hours, rel=1.1 * rounding)
+        efficiencies.append(efficiency)
+    assert 0 < efficiencies[0] < efficiencies[1] < 100
+
+
+def test_a_plan_that_does_not_fit_names_a_batch_size_that_does():
+    arguments = ["config/train_fineweb_4070.py", "--plan_vram_gb=6", "--plan_tflops=49"]
+    first = plan(*arguments)
+    flags = re.search(
+        r"fits: no: a card of 6 GB has 5.3 GB free; the same effective batch fits with "
+        r"(--batch_size=\d+) (--gradient_accumulation_steps=\d+)",
+        first,
+    )
+    assert flags, first
+    second = plan(*arguments, *flags.groups())
+    assert "fits: yes" in second
+    assert "524,288 per iteration" in second
+    assert "another recipe" not in first + second
+
+
+def test_a_plan_that_cannot_fit_says_so():
+    printed = plan("config/train_fineweb_4070.py", "--plan_vram_gb=2", "--plan_tflops=49")
+    assert "fits: no, not even with batch_size=1: a card of 2 GB has 1.3 GB free" in printed
+
+
+def test_a_flag_that_changes_the_tokens_of_an_iteration_is_reported():
+    arguments = ["config/train_fineweb_4070.py", "--batch_size=12", *FOR_12_GB]
+    alone = plan(*arguments)
+    flag = re.search(
+        r"^warning: another recipe: 393,216 tokens per iteration, where the config file has "
+        r"524,288; "
+        r"(--gradient_accumulation_steps=43) comes nearest",
+        alone,
+        re.M,
+    )
+    assert flag, alone
+    nearest = plan(*arguments, flag[1])
+    assert "528,384 per iteration" in nearest  # 0.8 % more
+    assert "another recipe" not in nearest
+
+
+def test_the_iterations_of_a_plan_follow_from_the_hours(bins):
+    iterations = []
+    for hours in (1.0, 2.0):
+        flags = flags_of(bins, "unused", {"plan_tflops": 1.0, "hours": hours})
+        printed = plan(*(flag for flag in flags if not flag.startswith("--max_iters")))
+        iterations.append(int(re.search(r"([\d,]+) iterations", printed)[1].replace(",", "")))
+        assert hours_in(printed) == pytest.approx(hours, abs=0.02)
+        assert "(more than 4 epochs help little: prepare a second file as well)" in printed
+    assert iterations[1] == pytest.approx(2 * iterations[0], abs=1)
+
+
+def test_the_epochs_of_a_plan_are_those_of_the_tokens(bins):
+    printed = plan(*flags_of(bins, "unused", {"max_iters": 100}))
+    assert f"{100 * 512 / 20_000:.2f} epochs of 20,000\n" in printed
