@@ -28,6 +28,12 @@ PROJECT = Path(__file__).parent
 DASHES = "-–—"  # word processors turn -- into one of the longer ones
 IN_RANGE = {"low": operator.ge, "above": operator.gt, "high": operator.le, "below": operator.lt}
 RANGE_WORDS = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
+# What people look for that is not a setting of any script: nanoGPT's names.
+NOT_SETTINGS = {
+    "vocab_size": "it follows from the data or the checkpoint; leave it out",
+    "backend": "it follows from the device; leave it out",
+}
+FILE_SUFFIXES = (".pt", ".bin", ".parquet", ".safetensors")  # no name of a folder ends so
 TYPE_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -39,7 +45,9 @@ class UserError(Exception):
     """
 
 
-def setting(default, reason: str, choices: tuple = (), path: bool = False, **bounds):
+def setting(
+    default, reason: str, choices: tuple = (), path: bool = False, folder: bool = False, **bounds
+):
     """Return a dataclass field with a default, a help text and the values that it accepts.
 
     Args:
@@ -47,14 +55,21 @@ def setting(default, reason: str, choices: tuple = (), path: bool = False, **bou
         reason: what the setting does, or why one would change it; printed by --help.
         choices: the accepted values; any value if empty.
         path: whether the value is the path of a file or folder, in which ~ is expanded.
+        folder: whether the value is the path of a folder; a file is refused.
         bounds: limits of a number: ``low`` and ``high`` (inclusive), ``above`` and ``below``
             (exclusive).
     """
-    metadata = {"reason": reason, "choices": choices, "path": path, "bounds": bounds}
+    metadata = {
+        "reason": reason,
+        "choices": choices,
+        "path": path or folder,
+        "folder": folder,
+        "bounds": bounds,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def configure(cls, arguments: list[str], doc: str):
+def configure(cls, arguments: list[str], doc: str | None):
     """Return an instance of the dataclass `cls` with the command-line arguments applied in order.
 
     An argument is a config file (its name ends in .py), ``--key=value``, ``--key`` (sets a bool to
@@ -171,7 +186,7 @@ def hint_for_flag(key: str, fields: dict[str, dataclasses.Field]) -> str:
     for name, field in fields.items():
         if field.type is bool and key in (f"no{name}", f"no_{name}"):
             return f"; did you mean --{name}=False?"
-    return did_you_mean(key, list(fields)) or "; see --help"
+    return hint_for_key(key, fields) or "; see --help"
 
 
 def parse(text: str, kind: type):
@@ -244,7 +259,7 @@ def check(fields: dict[str, dataclasses.Field], key: str, value):
     Raises ValueError if the key does not exist or the value is not accepted.
     """
     if key not in fields:
-        hint = did_you_mean(key.lower(), list(fields))
+        hint = hint_for_key(key.lower(), fields)
         raise ValueError(
             f"there is no key '{key}'{hint or '; a leading underscore makes it a name of your own'}"
         )
@@ -255,7 +270,28 @@ def check(fields: dict[str, dataclasses.Field], key: str, value):
         raise ValueError(f"{key} takes {type_words}, not {value!r:.80}")
     if not is_accepted(value, field):
         raise ValueError(f"{key} must be {accepted_values(field)}, not {value!r}")
-    return os.path.expanduser(value) if field.metadata["path"] else value
+    if field.metadata["path"]:
+        value = os.path.expanduser(value)
+    if field.metadata["folder"]:
+        refuse_file(key, value, fields)
+    return value
+
+
+def refuse_file(key: str, value: str, fields: dict[str, dataclasses.Field]):
+    """Raise ValueError, with what to write instead, if the value of a setting that takes a folder
+    is a file, or has the name of one."""
+    if not is_file(value):
+        return
+    path = Path(value)
+    remedy = f"write --{key}={path.parent}"
+    if path.suffix == ".pt" and "init_from" in fields:
+        remedy += f", or --init_from={path} to start from this checkpoint"
+    raise ValueError(f"{key} takes a folder, not a file; {remedy}")
+
+
+def is_file(path: str) -> bool:
+    """Return whether a path is that of a file, or would be by its name."""
+    return os.path.isfile(path) or (path.endswith(FILE_SUFFIXES) and not os.path.isdir(path))
 
 
 def convert_number(value, kind: type):
@@ -308,17 +344,26 @@ def accepted_values(field: dataclasses.Field) -> str:
     return " and ".join(f"{RANGE_WORDS[name]} {bound}" for name, bound in bounds.items())
 
 
+def hint_for_key(key: str, fields: dict[str, dataclasses.Field]) -> str:
+    """Return "; " and what to do about a key that is not a setting, or "" if that is not known."""
+    if key in NOT_SETTINGS:
+        return f"; {NOT_SETTINGS[key]}"
+    return did_you_mean(key, list(fields))
+
+
 def did_you_mean(name: str, candidates: list[str]) -> str:
     """Return "; did you mean X?" for the candidate closest to `name`, or "" if none is close."""
     close = difflib.get_close_matches(name, candidates, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def help_text(cls, doc: str) -> str:
-    """Return what --help prints: `doc`, then every setting with its default, reason and range."""
-    lines = [
-        doc.strip(),
-        "",
+def help_text(cls, doc: str | None) -> str:
+    """Return what --help prints: `doc`, then every setting with its default, reason and range.
+
+    `doc` is None if Python was told to leave out docstrings (-OO).
+    """
+    lines = [doc.strip(), ""] if doc else []
+    lines += [
         "settings (in a config file: key = value; on the command line: --key=value)",
         "",
     ]

@@ -6,7 +6,12 @@ without this project's code.
     python export.py --init_from=out-fineweb-fast/best.pt --export_dir=my-gpt --dtype=bfloat16
 """
 
-import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+try:
+    import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error}: keep this script next to onenight/, and run it without -P, -I or PYTHONSAFEPATH"
+    ) from None
 
 import math
 from dataclasses import dataclass
@@ -58,7 +63,7 @@ class ExportConfig:
         path=True,
     )
     out_dir: str = setting(
-        "", "folder of the ckpt.pt to export; '': the newest out*/ here", path=True
+        "", "folder of the ckpt.pt to export; '': the newest out*/ here", folder=True
     )
     export_dir: str = setting("", "the folder to write, which must not exist yet", path=True)
     dtype: str = setting("float32", "number format of the weights", choices=tuple(DTYPES))
@@ -112,9 +117,12 @@ def model_card(name: str, theirs, checkpoint: dict, records: list[dict]) -> str:
             config["gradient_accumulation_steps"] * config["batch_size"] * shape["block_size"]
         )
         table["data"] = Path(config["dataset"]).name
-        table["iterations"] = (
-            f"{iter_num:,} of {tokens_per_iter:,} tokens, {iter_num * tokens_per_iter:,} in total"
-        )
+        # Checkpoints of nanoGPT do not count the tokens.
+        tokens = checkpoint.get("tokens", iter_num * tokens_per_iter)
+        of_one = f" of {tokens_per_iter:,} tokens"
+        if tokens != iter_num * tokens_per_iter:  # the run was resumed with another batch size
+            of_one = f", the last{of_one}"
+        table["iterations"] = f"{iter_num:,}{of_one}, {tokens:,} in total"
         # Settings of 0 are off.
         used = [f"{key} {config[key]}" for key in CARD_SETTINGS if config.get(key)]
         table["settings"] = ", ".join(used)

@@ -8,7 +8,12 @@ packages, its docstrings, as help() would show them. Files are parsed, never imp
 are FineWeb's.
 """
 
-import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+try:
+    import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error}: keep this script next to onenight/, and run it without -P, -I or PYTHONSAFEPATH"
+    ) from None
 
 import ast
 import hashlib

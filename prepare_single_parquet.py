@@ -5,11 +5,17 @@ Turns FineWeb parquet files into data/fineweb/{train,val}.bin and meta.json.
     python prepare_single_parquet.py FILE_OR_FOLDER ... --out_dir=data/fineweb --val_fraction=0.005
 
 Each document becomes its GPT-2 tokens and one end-of-text token. Every 200th document goes to
-val.bin. The format is nanoGPT's: little-endian uint16 without a header. After an interruption, at
-any moment, the same command continues.
+val.bin; a document that is longer than twice val.bin's fraction is cut in two. The format is
+nanoGPT's: little-endian uint16 without a header. After an interruption, at any moment, the same
+command continues.
 """
 
-import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+try:
+    import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error}: keep this script next to onenight/, and run it without -P, -I or PYTHONSAFEPATH"
+    ) from None
 
 import contextlib
 import math
@@ -21,13 +27,13 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError, configure, setting
 from onenight.data.bins import BinsWriter, clear_work, final_paths, is_complete
+from onenight.data.encoding import likely_encoding
 from onenight.data.parquet import (
     Batch,
     Source,
@@ -36,10 +42,12 @@ from onenight.data.parquet import (
     read_batches,
     without_copies,
 )
-from onenight.data.report import Progress, epochs_of_configs, summarize
+from onenight.data.report import Progress, epochs_of_configs, find_oddities, summarize
+from onenight.data.split import SHORT_BYTES, val_lengths
 from onenight.data.token_file import BYTES_PER_TOKEN, SPLITS, check_tokens, read_meta
 from onenight.data.tokenizer import EOT, encode_documents, read_ranks
 from onenight.system.console import run_script, set_up_output
+from onenight.system.limits import cores
 from onenight.system.locks import lock_folder
 
 DEFAULT_FOLDER = Path("data/fineweb/train")
@@ -49,6 +57,10 @@ TEXT_BYTES_PER_TOKEN = 4  # English has 4.3 or more, so estimates of the tokens 
 REPORTED_DIFFERENCES = 10  # of token counts; further ones are only counted
 COUNTERS = {
     "empty_documents": 0,
+    "cut_documents": 0,  # each of them counts twice among the documents of the splits
+    "replaced_documents": 0,  # with bytes that are not UTF-8
+    "nul_documents": 0,  # with NUL characters
+    "likely_encodings": {},  # of these two kinds: how many have each
     "text_bytes": 0,
     "token_counts_compared": 0,
     "token_counts_differing": 0,
@@ -58,7 +70,9 @@ COUNTERS = {
 @dataclass
 class PrepareConfig:
     paths: list = field(default_factory=list)  # the arguments without a key: files and folders
-    out_dir: str = setting("data/fineweb", "folder for train.bin, val.bin and meta.json", path=True)
+    out_dir: str = setting(
+        "data/fineweb", "folder for train.bin, val.bin and meta.json", folder=True
+    )
     text_column: str = setting("text", "the column to read")
     val_fraction: float = setting(0.005, "fraction of documents for val.bin", above=0, below=1)
     num_workers: int = setting(0, "tokenizer threads; 0: one per core; same result", low=0)
@@ -126,6 +140,8 @@ def prepare(config: PrepareConfig, out_dir: Path, checkpoint_s: float):
     print()
     for key, text in (summary | epochs).items():
         print(f"{key}: {text}")
+    for oddity in find_oddities(writer):
+        print(f"warning: {oddity}")
 
 
 def describe_job(config: PrepareConfig, sources: list[Source]) -> dict:
@@ -179,6 +195,9 @@ class TokenizedBatch:
     ids: np.ndarray  # uint16, shape (tokens,), with end-of-text after each document
     lengths: np.ndarray  # int64, shape (rows,): tokens of each row, with end-of-text
     text_bytes: np.ndarray  # int64, shape (rows,): bytes of each row
+    is_replaced: np.ndarray  # bool, shape (rows,): whether a row has bytes that are not UTF-8
+    has_nul: np.ndarray  # bool, shape (rows,): whether a row has NUL characters
+    encodings: dict[int, str]  # of the rows of these two kinds
 
 
 def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter, checkpoint_s: float):
@@ -189,12 +208,14 @@ def convert(config: PrepareConfig, sources: list[Source], writer: BinsWriter, ch
     state = writer.state
     if state["rows"]:
         print(f"continuing at row {state['rows']:,}")
+    expected_bytes = expected_tokens(config, sources) * TEXT_BYTES_PER_TOKEN
     progress = Progress(writer, fraction_done(config, sources, writer))
     last_checkpoint = time.monotonic()
 
     batches = read_batches(sources, state["rows"])
     for batch, tokenized in tokenize_in_order(batches, config.num_workers or cores()):
-        rows = write_within_limits(config, writer, tokenized)
+        rows = write_within_limits(config, writer, tokenized, expected_bytes)
+        count_odd_documents(state, tokenized, rows)
         compare_token_counts(state, batch, tokenized.lengths[:rows])
         if rows < len(tokenized.lengths):
             break  # a limit is reached
@@ -230,47 +251,77 @@ def tokenize_in_order(
 def tokenize(batch: Batch) -> TokenizedBatch:
     """Encode the rows of a batch."""
     rows = [document or b"" for document in batch.documents.to_pylist()]
-    ids = encode_documents([document for document in rows if document])
+    ids, document_is_replaced = encode_documents([document for document in rows if document])
     text_bytes = np.array([len(document) for document in rows])
+    is_document = text_bytes > 0
     lengths = np.zeros_like(text_bytes)
-    lengths[text_bytes > 0] = np.diff(np.flatnonzero(ids == EOT), prepend=-1)
-    return TokenizedBatch(ids, lengths, text_bytes)
+    lengths[is_document] = np.diff(np.flatnonzero(ids == EOT), prepend=-1)
+
+    is_replaced = np.zeros(len(rows), dtype=bool)
+    is_replaced[is_document] = document_is_replaced
+    has_nul = np.array([b"\0" in document for document in rows], dtype=bool)
+    odd_rows = np.flatnonzero(is_replaced | has_nul).tolist()
+    encodings = {row: likely_encoding(rows[row]) for row in odd_rows}
+    return TokenizedBatch(ids, lengths, text_bytes, is_replaced, has_nul, encodings)
 
 
 def write_within_limits(
-    config: PrepareConfig, writer: BinsWriter, tokenized: TokenizedBatch
+    config: PrepareConfig, writer: BinsWriter, tokenized: TokenizedBatch, expected_bytes: float
 ) -> int:
-    """Write the rows of a batch up to the limits of the config. Return how many rows that are."""
+    """Write the rows of a batch up to the limits of the config. Return how many rows that are.
+
+    `expected_bytes` is the size of all text, as it was estimated before the first row.
+    """
+    state = writer.state
     lengths = tokenized.lengths
+    sizes = tokenized.text_bytes
     is_document = lengths > 0
     ones = is_document.astype(np.int64)
-    documents_before = writer.documents + np.cumsum(ones) - ones
-    tokens_before = writer.tokens + np.cumsum(lengths) - lengths
+    documents_before = writer.documents - state["cut_documents"] + np.cumsum(ones) - ones
+    bytes_so_far = state["text_bytes"] + np.cumsum(sizes)
+
+    # Which tokens go to val.bin. A cut adds an end-of-text token.
+    totals = np.maximum(expected_bytes, bytes_so_far)
+    in_val = val_lengths(lengths, sizes, documents_before, totals, config.val_fraction)
+    is_cut = (in_val > 0) & (in_val < lengths)
+    added = lengths + is_cut
+    tokens_before = writer.tokens + np.cumsum(added) - added
 
     # A row is written if no limit was reached before it. These are the first rows of the batch.
     max_documents = config.max_documents or math.inf
     max_tokens = config.max_tokens or math.inf
     within = (documents_before < max_documents) & (tokens_before < max_tokens)
 
-    val_fraction = Fraction(str(config.val_fraction))  # exactly as written: 0.005 is 1/200
-    numbers = documents_before.tolist()
-    is_val = np.array([goes_to_val(number, val_fraction) for number in numbers], dtype=bool)
-    writer.write("train", tokenized.ids[np.repeat(within & ~is_val, lengths)])
-    writer.write("val", tokenized.ids[np.repeat(within & is_val, lengths)])
-
     rows = int(within.sum())
-    writer.state["rows"] += rows
-    writer.state["empty_documents"] += int((within & ~is_document).sum())
-    writer.state["text_bytes"] += int(tokenized.text_bytes[within].sum())
+    write_rows(writer, tokenized.ids, lengths[:rows], in_val[:rows])
+
+    state["rows"] += rows
+    state["empty_documents"] += int((within & ~is_document).sum())
+    state["cut_documents"] += int((within & is_cut).sum())
+    state["text_bytes"] += int(sizes[within].sum())
     return rows
 
 
-def goes_to_val(number: int, val_fraction: Fraction) -> bool:
-    """Return whether a document, counted from 0, goes to val.bin.
+def write_rows(writer: BinsWriter, ids: np.ndarray, lengths: np.ndarray, in_val: np.ndarray):
+    """Write the first rows of a batch, the first `in_val` tokens of each to val.bin."""
+    ids = ids[: lengths.sum()]
+    parts = np.stack([in_val, lengths - in_val], axis=1).ravel()
+    is_val = np.repeat(np.tile([True, False], len(lengths)), parts)
+    writer.write("train", ids[~is_val])
 
-    It does if `number` * `val_fraction` reaches a new whole number: 0, 200, 400, ... for 1/200.
-    """
-    return number * val_fraction.numerator % val_fraction.denominator < val_fraction.numerator
+    is_cut = (in_val > 0) & (in_val < lengths)
+    cuts = np.cumsum(in_val)[is_cut]
+    writer.write("val", np.insert(ids[is_val], cuts, EOT))
+
+
+def count_odd_documents(state: dict, tokenized: TokenizedBatch, rows: int):
+    """Count, in the first rows of a batch, the documents that are probably not text in UTF-8."""
+    state["replaced_documents"] += int(tokenized.is_replaced[:rows].sum())
+    state["nul_documents"] += int(tokenized.has_nul[:rows].sum())
+    counts = state["likely_encodings"]
+    for row, encoding in tokenized.encodings.items():
+        if row < rows:
+            counts[encoding] = counts.get(encoding, 0) + 1
 
 
 def compare_token_counts(state: dict, batch: Batch, lengths: np.ndarray):
@@ -302,13 +353,6 @@ def fraction_done(config: PrepareConfig, sources: list[Source], writer: BinsWrit
     return max(fractions, default=1.0)
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # -----------------------------------------------------------------------------
 # The finished files
 
@@ -324,7 +368,8 @@ def finish(writer: BinsWriter) -> Counter:
         writer.discard()
         raise UserError(
             f"{' and '.join(empty)} would be empty: the {writer.state['rows']:,} rows contain "
-            f"{writer.documents:,} documents with text; add more, or change --val_fraction"
+            f"{writer.documents:,} documents with text; "
+            f"add more; a single document must have more than {SHORT_BYTES:,} bytes"
         )
     return writer.finish()
 

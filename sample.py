@@ -10,12 +10,18 @@ Generate text with a trained model.
 The text goes to stdout, everything else to stderr.
 """
 
-import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+try:
+    import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error}: keep this script next to onenight/, and run it without -P, -I or PYTHONSAFEPATH"
+    ) from None
 
 import codecs
 import contextlib
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -45,7 +51,7 @@ class SampleConfig(Sampling):
         path=True,
     )
     out_dir: str = setting(
-        "", "folder of the ckpt.pt to sample from; '': the newest out*/ here", path=True
+        "", "folder of the ckpt.pt to sample from; '': the newest out*/ here", folder=True
     )
     # what to generate
     start: str = setting(
@@ -55,6 +61,9 @@ class SampleConfig(Sampling):
     num_samples: int = setting(10, "number of samples, generated at the same time", low=1)
     max_new_tokens: int = setting(500, "tokens in each sample", low=1)
     stop: bool = setting(True, "end a sample at end-of-text; False: continue with a new document")
+    stop_at: str = setting(
+        "", r"end a sample before this text, for example '\n\n', an empty line; '': do not"
+    )
     seed: int = setting(1337, "the same seed gives the same text", low=0)
     # machine
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
@@ -126,7 +135,12 @@ def read_prompts(config: SampleConfig) -> Iterator[str]:
 
 def read_prompt(start: str) -> str:
     """Return the prompt that --start refers to. Bytes that are not UTF-8 become U+FFFD. Raises
-    UserError if it cannot be read."""
+    UserError if it cannot be read, or is the name of a file."""
+    if os.path.isfile(os.path.expanduser(start)):
+        raise UserError(
+            f"--start={start} is a file; write --start=FILE:{start} to use its content as the "
+            "prompt, or --start=- to give the prompt on standard input"
+        )
     name = start.removeprefix("FILE:")
     try:
         if start == "-":
@@ -140,6 +154,13 @@ def read_prompt(start: str) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{name}: the prompt is in UTF-16; save it as UTF-8")
     return content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
+
+
+def unescape(text: str) -> str:
+    r"""Return the text with line breaks and tabs for \n and \t, as a shell passes them on, and a
+    backslash for \\."""
+    characters = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda escape: characters[escape[0]], text)
 
 
 def encode_prompt(prompt: str) -> list[int]:
@@ -164,7 +185,7 @@ def write_samples(model: GPT, step, config: SampleConfig, dtype: str, prompt: st
             f"generation continues from the last {max(1, block_size // 2)}"
         )
 
-    printer = SamplePrinter(prompt, samples.start)
+    printer = SamplePrinter(prompt, samples.start, unescape(config.stop_at))
     started = time.perf_counter()
     n_tokens = 0
     n_done = 0

@@ -4,25 +4,35 @@ Train a GPT on data/<dataset>/{train,val}.bin.
     python train.py config/train_fineweb_4070.py --plan              # print the plan and exit
     python train.py config/train_fineweb_4070.py                     # from scratch
     python train.py config/train_fineweb_4070.py --init_from=resume  # continue from a checkpoint
+    python train.py config/train_fineweb_4070.py --init_from=auto    # continue if there is one
     python train.py config/finetune_gpt2.py --dataset=mine           # from GPT-2, on data/mine
     torchrun --standalone --nproc_per_node=4 train.py config/train_fineweb_4070.py  # on four GPUs
 
-Writes ckpt.pt, best.pt, metrics.jsonl, loss.png and samples.txt to out_dir. Ctrl-C and, except on
-Windows, SIGTERM and closing the terminal save a checkpoint and stop.
+Writes ckpt.pt, best.pt, metrics.jsonl, loss.png, samples.txt and index.html, a page about the run,
+to out_dir. Ctrl-C and, except on Windows, closing the terminal and signals such as SIGTERM and
+SIGUSR1 save a checkpoint and stop.
 """
 
-import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+try:
+    import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error}: keep this script next to onenight/, and run it without -P, -I or PYTHONSAFEPATH"
+    ) from None
 
-import contextlib
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from configurator import UserError, configure
-from onenight.models.checkpoint import BEST, LATEST, PREVIOUS, has_checkpoint, save_checkpoint
-from onenight.models.huggingface import resolve_checkpoint
+from configurator import configure
+from onenight.models.checkpoint import (
+    BEST,
+    LATEST,
+    PREVIOUS,
+    how_to_resume,
+    save_checkpoint,
+)
 from onenight.system.console import StopSignal, run_script, set_up_output
 from onenight.system.device import autocast
 from onenight.system.distributed import Ranks, start_ranks
@@ -31,10 +41,19 @@ from onenight.system.memory import peak_memory_gb
 from onenight.system.wording import duration
 from onenight.training.clock import Clock, awake_seconds
 from onenight.training.optimizers import learning_rates, set_learning_rates
-from onenight.training.plan import measure_ceiling, print_plan
+from onenight.training.page import write_page
+from onenight.training.plan import make_plan, measure_ceiling, print_plan
 from onenight.training.run import Run
 from onenight.training.schedule import fit_to_max_iters
 from onenight.training.settings import TrainConfig, resolve
+from onenight.training.start import (
+    choose_start,
+    describe_resume,
+    how_to_extend,
+    load_start,
+    refuse_to_overwrite,
+    resume,
+)
 from onenight.training.trainer import StopRequested, Trainer
 
 
@@ -43,21 +62,25 @@ def main(arguments: list[str], now=awake_seconds):
     set_up_output("stdout", "stderr")
     config = configure(TrainConfig, arguments, __doc__)
     out_dir = Path(config.out_dir)
-    refuse_to_overwrite(config, out_dir)
 
-    # What the run will really use, and what it will take
+    # What the run starts from
     ranks = Ranks()
     device = config.device
-    checkpoint = None
     if not config.plan:
         ranks, device = start_ranks(config.device)
+    config = choose_start(config, arguments, ranks)
+    refuse_to_overwrite(config, out_dir)
+    checkpoint = None
+    if not config.plan:
         checkpoint = load_start(config, out_dir)
+
+    # What it will really use, and what it will take
     if config.eval_only and checkpoint:
         config = config.with_shape_of(checkpoint["model_args"])
     config = resolve(config, device)
     config = fit_to_max_iters(config, arguments)
-    ceiling = measure_ceiling(config)
-    print_plan(config, ceiling, arguments)
+    plan = make_plan(config, measure_ceiling(config))
+    print_plan(plan, config, arguments)
     if config.plan:
         return
 
@@ -71,7 +94,7 @@ def main(arguments: list[str], now=awake_seconds):
     del checkpoint  # it takes as much memory as the run itself
 
     # The training
-    run = Run(trainer, clock, ceiling, out_dir)
+    run = Run(trainer, clock, plan, out_dir)
     if config.init_from == "resume":
         print(describe_resume(run))
     if config.eval_only:
@@ -79,81 +102,47 @@ def main(arguments: list[str], now=awake_seconds):
     elif run.is_finished():
         print(f"this run is finished (iter {run.progress.iter_num:,}); {how_to_extend(config)}")
     else:
-        with lock_folder(out_dir) if ranks.is_first else contextlib.nullcontext():
+        with run.lock as lock:
+            if ranks.is_first:
+                lock.enter_context(lock_folder(out_dir))
             train_until_stopped(run)
     ranks.stop()
 
 
-def refuse_to_overwrite(config: TrainConfig, out_dir: Path):
-    """Raise UserError if a new run would overwrite the checkpoints of an earlier one."""
-    overwrites = not (config.init_from == "resume" or config.eval_only or config.plan)
-    if overwrites and has_checkpoint(out_dir):
-        raise UserError(
-            f"{out_dir} contains the checkpoint of an earlier run, which a new run would "
-            "overwrite: continue it with --init_from=resume, choose another --out_dir, or delete it"
-        )
-
-
-def load_start(config: TrainConfig, out_dir: Path) -> dict | None:
-    """Return the checkpoint that the run starts from; None from scratch."""
-    if config.init_from == "scratch":
-        return None
-    return resolve_checkpoint(config.init_from, out_dir)
-
-
-def resume(trainer: Trainer, checkpoint: dict):
-    """Continue from the checkpoint, and print which settings have changed. Raises UserError if
-    train.bin has changed."""
-    config = trainer.config
-    if checkpoint.get("data", trainer.data) != trainer.data:
-        if not config.allow_new_data:
-            raise UserError(
-                f"{config.data_dir}: train.bin is not the one that this run began with "
-                f"({checkpoint['data']['tokens']:,} tokens then, {trainer.data['tokens']:,} now); "
-                "restore it, or continue with the new one: --allow_new_data"
-            )
-        checkpoint["position"] = 0
-    trainer.restore(checkpoint)
-    before = checkpoint.get("config", {})
-    for key, value in asdict(config).items():
-        may_differ = key in ("init_from", "out_dir", "eval_only", "allow_new_data")
-        was_resolved = before.get(key) != "auto"  # older versions saved "auto"
-        if key in before and before[key] != value and was_resolved and not may_differ:
-            print(f"changed since: {key} {before[key]} -> {value}")
-
-
-def describe_resume(run: Run) -> str:
-    progress = run.progress
-    lr_multiplier = run.schedule.lr_multiplier(progress)
-    return (
-        f"resuming at iter {progress.iter_num:,}, best val loss {progress.best_val_loss:.4f}, "
-        f"learning rate at {lr_multiplier:.0%} of its peak"
-    )
-
-
-def how_to_extend(config: TrainConfig) -> str:
-    if config.hours:
-        return f"to extend it, resume with more than --hours={config.hours:g}"
-    return f"to extend it, resume with more than --max_iters={config.max_iters}"
-
-
 def train_until_stopped(run: Run):
-    """Train, and print how the run ended."""
+    """Train, and print how the run ended. The exit status of a run that a signal has stopped is 128
+    plus the signal's number."""
     run.open_outputs()
     stop = StopSignal()
     run.trainer.stop_requested = lambda: stop.requested
+    ending = "ended by an error"
+    exit_status = 0
     try:
+        write_page(run)
         ending = train(run)
+    except StopRequested:
+        ending = (
+            f"stopped at iter {run.progress.iter_num:,}; "
+            "to continue, add --init_from=resume to the same command"
+        )
+        # torchrun would take another status for a failure, and kill the other processes.
+        if run.trainer.ranks.world_size == 1:
+            exit_status = stop.exit_status
     except KeyboardInterrupt:
-        print("stopped at once; --init_from=resume continues from the last checkpoint")
+        ending = "stopped at once"
+        print(f"stopped at once; {how_to_resume(run.out_dir)}")
         raise SystemExit(130) from None
+    finally:
+        write_page(run, ending)
     print(ending)
     print_summary(run)
+    if exit_status:
+        raise SystemExit(exit_status)
 
 
 def train(run: Run) -> str:
-    """Train until the schedule is over, val loss has plateaued, or a stop is requested. Return how
-    the run ended."""
+    """Train until the schedule is over or val loss has plateaued. Return how the run ended. Raises
+    StopRequested, after saving, if a stop is requested."""
     trainer = run.trainer
     recovery = run.recovery
     try:
@@ -203,10 +192,7 @@ def train(run: Run) -> str:
     except StopRequested:
         recovery.go_back_if_needed(check_weights=True)
         save(run)
-        return (
-            f"stopped at iter {run.progress.iter_num:,}; "
-            "to continue, add --init_from=resume to the same command"
-        )
+        raise
 
 
 def forward_backward(trainer: Trainer) -> torch.Tensor:
@@ -263,7 +249,7 @@ def evaluate(run: Run):
 
 
 def record_evaluation(run: Run, train_loss: float, val_loss: float):
-    """Write the losses and a sample to the metrics, and draw loss.png anew."""
+    """Write the losses and a sample to the metrics, and draw loss.png and the page anew."""
     record = {
         "iter": run.progress.iter_num,
         "tokens": run.progress.tokens,
@@ -276,8 +262,10 @@ def record_evaluation(run: Run, train_loss: float, val_loss: float):
     if sample:
         print(f"sample: {sample}")
         record["sample"] = sample
+    run.restore_folder()
     run.metrics.write(record)
     run.metrics.draw()
+    write_page(run)
 
 
 def log(run: Run, loss: float, grad_norm: float, lr_multiplier: float):
@@ -311,6 +299,7 @@ def log(run: Run, loss: float, grad_norm: float, lr_multiplier: float):
     print(f"{line}, epoch {run.trainer.epoch:.2f}")
     if run.writes_files:
         record["elapsed_s"] = round(run.clock.elapsed(), 2)
+        run.restore_folder()
         run.metrics.write(record)
     run.clock.add_log()
 
@@ -326,6 +315,7 @@ def save(run: Run):
     started = run.clock.now()
     run.progress.elapsed_s = round(run.clock.elapsed(), 2)
     if run.writes_files:
+        run.restore_folder()
         print(f"saving checkpoint to {run.out_dir}")
         run.metrics.sync()
         checkpoint = run.trainer.checkpoint()
@@ -336,6 +326,7 @@ def save(run: Run):
 def save_best(run: Run):
     """Replace the best weights."""
     if run.writes_files:
+        run.restore_folder()
         save_checkpoint(run.out_dir / BEST, run.trainer.sampling_checkpoint())
 
 
@@ -354,7 +345,9 @@ def print_summary(run: Run):
     allocated, _ = peak_memory_gb(run.trainer.device)
     if allocated:
         print(f"peak_memory_gb: {allocated:.2f}")
-    print(f"loss picture: {run.out_dir / 'loss.png'}")
+    picture = run.out_dir / "loss.png"
+    if picture.exists():
+        print(f"loss picture: {picture}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from pyarrow import parquet
 from common import RESULTS, ROOT, commit, cpu_name
 from configurator import UserError, configure, setting
 from onenight.system.console import run_script
-from prepare_single_parquet import cores
+from onenight.system.limits import cores
 
 OURS = [sys.executable, ROOT / "prepare_single_parquet.py"]
 WAYS = [sys.executable, ROOT / "benchmarks" / "prepare_ways.py"]

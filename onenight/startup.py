@@ -1,9 +1,10 @@
 """Process setup that must come before torch is imported.
 
-Importing this module sets environment variables that torch reads only once, tells glibc to keep
-freed memory, and makes Ctrl-C end a script without a traceback (exit status 130), even while it is
-still importing. Every script imports it first. This is the only place where the order of imports
-matters.
+Importing this module exits with one sentence if Python or a package is too old, sets environment
+variables that torch reads only once, replaces a cache folder that torch cannot create, tells glibc
+to keep freed memory, and makes Ctrl-C end a script without a traceback (exit status 130), even
+while it is still importing. Every script imports it first. This is the only place where the order
+of imports matters.
 """
 
 import contextlib
@@ -12,6 +13,20 @@ import os
 import platform
 import signal
 import sys
+
+# These two import nothing but the standard library.
+from onenight.system.limits import limit_threads
+from onenight.system.requirements import check_requirements
+
+check_requirements()
+limit_threads()
+
+# torch creates this folder when it is imported.
+if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+    from onenight.system.cache_folders import use_cache_folder
+
+    with contextlib.suppress(OSError, ValueError):
+        use_cache_folder("TORCHINDUCTOR_CACHE_DIR", "")
 
 # Whether the GPU is run by Windows' driver, as it also is in WSL2.
 WINDOWS_GPU_DRIVER = sys.platform == "win32" or "microsoft" in platform.release().lower()

@@ -20,6 +20,7 @@ from configurator import UserError
 from onenight.system.distributed import Ranks
 from onenight.training.clock import Clock
 from onenight.training.optimizers import set_learning_rates
+from onenight.training.plan import make_plan
 from onenight.training.recovery import Recovery
 from onenight.training.run import Run
 from onenight.training.settings import TrainConfig, resolve
@@ -178,7 +179,7 @@ def make_trainer(bins, *, ranks=None, **changes):
 def make_run(trainer, out_dir, *, now=time.monotonic, ceiling=1.0):
     """Return the Run of a trainer, ready for train.train(). `ceiling` is in TFLOP/s."""
     out_dir.mkdir(exist_ok=True)
-    run = Run(trainer, Clock(now), ceiling, out_dir)
+    run = Run(trainer, Clock(now), make_plan(trainer.config, ceiling), out_dir)
     run.open_outputs()
     return run
 
@@ -253,7 +254,7 @@ def start(script, *args, cwd=None, stdin=None):
 
 def heed_signals():
     """In a new process, stop ignoring the signals that nohup or a background job ignores."""
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -263,14 +264,14 @@ def start_training(bins, out_dir, **changes):
 
 
 def stop(process, number=signal.SIGINT):
-    """Send a signal and wait for the process, which must exit with status 0.
+    """Send a signal and wait for the process, which must exit with the status of a requested stop.
 
     Return what it printed after the signal, and how many seconds it took.
     """
     sent = time.monotonic()
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
+    assert process.returncode == 128 + number, stderr
     return stdout, time.monotonic() - sent
 
 

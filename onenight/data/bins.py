@@ -5,6 +5,7 @@ much of them is valid. meta.json is written last. token_file.py has the formats.
 """
 
 import contextlib
+import copy
 import os
 from collections import Counter
 from pathlib import Path
@@ -58,7 +59,8 @@ class BinsWriter:
         self.paths = unfinished_paths(out_dir)
         files_exist = all(path.exists() for path in self.paths.values())
         if files_exist and earlier.get("job") == job:
-            self.state = earlier["state"]
+            # An older version had fewer counters.
+            self.state = {**copy.deepcopy(counters), **earlier["state"]}
         else:
             if not overwrite:
                 refuse_to_lose(out_dir, earlier, job)
@@ -77,7 +79,7 @@ class BinsWriter:
         self.state = {"rows": 0}
         for split in SPLITS:
             self.state[split] = {"tokens": 0, "documents": 0}
-        self.state.update(self.counters)
+        self.state.update(copy.deepcopy(self.counters))
         self.journal.unlink(missing_ok=True)
         self.paths = partial_paths(self.out_dir)
         for path in self.paths.values():

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configurator import UserError, did_you_mean
+from onenight.data.foreign import explain_file, explain_folder
 from onenight.system.wording import first_line, looked_in
 
 BATCH_ROWS = 256  # rows in a batch: about 1 MB of FineWeb, which takes 30 ms to tokenize
@@ -30,6 +31,7 @@ TEXT_TYPES = (
     pa.large_binary(),
     pa.binary_view(),
 )
+SKIPPED = (".", "_")  # what the names begin with that are left out of a folder
 DAMAGED = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises for a damaged file
 
 
@@ -41,6 +43,7 @@ class Source:
     rows: int
     text_bytes: int  # of the text column, uncompressed
     columns: list[str]  # to read: the text and, if there is one, token_count
+    first_text: str  # the sha256 of the first row's text
 
     @functools.cached_property
     def fingerprint(self) -> dict:
@@ -124,14 +127,41 @@ def expand_pattern(name: str) -> list[Path]:
 def parquets_below(folder: Path) -> list[Path]:
     """Return the parquet files in and below a folder, sorted. Raises UserError if there are none.
 
-    glob skips hidden names, such as the .cache folders of downloads and macOS's ._* files.
+    Links are followed, but each folder and each file is taken once, by its first name: links can
+    form a loop. Names that begin with . or _ are skipped, such as the .cache folders of downloads,
+    macOS's ._* files, and Spark's _temporary, which holds unfinished files.
     """
-    pattern = os.path.join(glob.escape(str(folder)), "**", "*")
-    paths = [Path(name) for name in glob.glob(pattern, recursive=True)]
-    found = [path for path in paths if path.suffix.lower() == ".parquet" and not path.is_dir()]
+    files = files_below(folder)
+    seen = set()
+    found = []
+    for path in files:
+        if path.suffix.lower() == ".parquet" and is_new(path, seen):
+            found.append(path)
     if not found:
-        raise UserError(f"{folder}: no .parquet file in this folder")
+        raise UserError(f"{folder}: no .parquet file in this folder{explain_folder(folder, files)}")
+    return found
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in and below a folder, sorted, as parquets_below() describes."""
+    found = []
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if not is_new(parent, seen):
+            folders.clear()  # which ends this branch of the walk
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith(SKIPPED))
+        found += [Path(parent, name) for name in names if not name.startswith(SKIPPED)]
     return sorted(found)
+
+
+def is_new(path: str | Path, seen: set[str]) -> bool:
+    """Return whether the real path of a file or folder is not in `seen` yet, and add it."""
+    real_path = os.path.realpath(path)
+    if real_path in seen:
+        return False
+    seen.add(real_path)
+    return True
 
 
 def hint_for_missing(path: Path) -> str:
@@ -156,17 +186,20 @@ def open_source(path: Path, text_column: str) -> Source:
             rows = file.metadata.num_rows
             # If a column is encrypted, reading a row raises, but asking for its size would abort
             # the process.
-            next(file.iter_batches(1, columns=[text_column, "token_count"]), None)
+            first_row = next(file.iter_batches(1, columns=[text_column, "token_count"]), None)
             groups = range(file.num_row_groups)
             sizes = [text_bytes(file, row_group, text_column) for row_group in groups]
     except DAMAGED as error:
-        raise UserError(f"{path}: {why_unreadable(error)}") from None
+        raise UserError(f"{path}: {why_unreadable(path, error)}") from None
 
     refuse_other_columns(path, schema, text_column)
     columns = [text_column]
     if has_token_counts(schema):
         columns.append("token_count")
-    return Source(path, rows, sum(sizes), columns)
+    first_text = b""
+    if first_row:
+        first_text = as_bytes(first_row.column(text_column))[0].as_py() or b""
+    return Source(path, rows, sum(sizes), columns, hashlib.sha256(first_text).hexdigest())
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -177,12 +210,15 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
-def why_unreadable(error: Exception) -> str:
+def why_unreadable(path: Path, error: Exception) -> str:
     """Return, in words, why reading a footer failed, and what to do."""
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read ({os.strerror(error.errno)})"
     if re.search("Cannot decrypt|encrypted metadata", str(error)):
         return f"is encrypted ({first_line(error)}); write it again without encryption"
+    explanation = explain_file(path)
+    if explanation:
+        return explanation
     return f"is not a complete parquet file ({first_line(error)}); download it again?"
 
 
@@ -232,14 +268,43 @@ def text_bytes(file: pq.ParquetFile, row_group: int, text_column: str) -> int:
 def without_copies(sources: list[Source]) -> list[Source]:
     """Return the sources without those whose content occurred before.
 
-    A copy would put the documents of val.bin into train.bin as well.
+    A copy would put the documents of val.bin into train.bin as well. It may be compressed in
+    another way. Raises UserError if a file that looks like a copy is damaged.
     """
     by_content = {}
+    by_beginning = {}
+    distinct = []
     for source in sources:
         first = by_content.setdefault(source.fingerprint["sha256"], source)
         if first is not source:
             print(f"{source.path}: skipped, because it has the same content as {first.path}")
-    return list(by_content.values())
+            continue
+
+        # Most files differ in the number of rows or the first text, and are not read for this.
+        similar = by_beginning.setdefault((source.rows, source.first_text), [])
+        first = next((other for other in similar if have_same_texts(source, other)), None)
+        if first:
+            print(f"{source.path}: skipped, because it has the same texts as {first.path}")
+            continue
+        similar.append(source)
+        distinct.append(source)
+    return distinct
+
+
+def have_same_texts(source: Source, other: Source) -> bool:
+    """Return whether two files with as many rows have the same texts, in the same order.
+
+    Reads both of them up to the first difference.
+    """
+    pairs = zip(read_documents(source), read_documents(other))
+    return all(document == its_copy for document, its_copy in pairs)
+
+
+def read_documents(source: Source) -> Iterator[bytes]:
+    """Yield the documents of a file as bytes, b"" for a row without text."""
+    for batch in read_batches([source]):
+        for document in batch.documents.to_pylist():
+            yield document or b""
 
 
 # -----------------------------------------------------------------------------
@@ -286,9 +351,14 @@ def read_row_group(
     for table in tables:
         for start in range(max(first_row - table_start, 0), len(table), batch_rows):
             rows = table.slice(start, batch_rows)
-            documents = rows.column(text_column).cast(pa.large_binary())
+            documents = as_bytes(rows.column(text_column))
             yield Batch(source, row_group, table_start + start, documents, token_counts(rows))
         table_start += len(table)
+
+
+def as_bytes(column: pa.Array) -> pa.LargeBinaryArray:
+    """Return a column of text as the bytes that are in the file, or null."""
+    return column.cast(pa.large_binary())
 
 
 def token_counts(rows: pa.RecordBatch) -> np.ndarray:

@@ -11,10 +11,13 @@ import numpy as np
 
 from configurator import read_config_file
 from onenight.data.bins import BinsWriter
+from onenight.data.encoding import COMPRESSED
 from onenight.system.wording import duration
 
 # The configs for which the summary says how long an epoch is.
 CONFIG_FILES = ("config/train_fineweb_4070_fast.py", "config/train_fineweb_4070.py")
+MANY_REPLACED = 0.02  # of the documents; fewer are usual in text from the web
+COMPRESSED_DATA = {f"{codec} data" for codec in COMPRESSED.values()}
 
 
 class Progress:
@@ -53,12 +56,15 @@ def summarize(writer: BinsWriter, lengths: Counter, new_tokens: int, seconds: fl
     """
     state = writer.state
     text_tokens = writer.tokens - writer.documents
+    documents = writer.documents - state["cut_documents"]
+    cut = f" ({state['cut_documents']:,} cut in two for val.bin)" if state["cut_documents"] else ""
     sizes, counts = zip(*lengths.items())
     quantiles = np.quantile(sizes, (0.5, 0.9), weights=counts, method="inverted_cdf")
     median, p90 = quantiles.tolist()
     return {
-        "documents": f"{writer.documents:,}",
+        "documents": f"{documents:,}{cut}",
         "empty_documents_skipped": f"{state['empty_documents']:,}",
+        "documents_not_utf8": f"{state['replaced_documents']:,}",
         "tokens": f"{writer.tokens:,} (including one end-of-text per document)",
         "train_tokens": f"{state['train']['tokens']:,}",
         "val_tokens": f"{state['val']['tokens']:,}",
@@ -69,6 +75,34 @@ def summarize(writer: BinsWriter, lengths: Counter, new_tokens: int, seconds: fl
         "tokens_per_s": f"{new_tokens / seconds:,.0f}",
         "peak_memory_mb": peak_memory_mb(),
     }
+
+
+def find_oddities(writer: BinsWriter) -> list[str]:
+    """Return a sentence for each thing in a finished preparation that is probably not wanted."""
+    state = writer.state
+    oddities = []
+
+    documents = writer.documents - state["cut_documents"]
+    replaced = state["replaced_documents"]
+    encodings = state["likely_encodings"]
+    is_odd = replaced > MANY_REPLACED * documents or state["nul_documents"]
+    if is_odd or COMPRESSED_DATA & encodings.keys():
+        by_count = sorted(encodings.items(), key=lambda item: (-item[1], item[0]))
+        names = ", ".join(f"{encoding} in {count:,}" for encoding, count in by_count)
+        oddities.append(
+            f"of {documents:,} documents, {replaced:,} have bytes that are not UTF-8, which became "
+            f"U+FFFD, and {state['nul_documents']:,} have NUL characters; they look like: {names}; "
+            f"convert them to text in UTF-8 and prepare again with --overwrite"
+        )
+
+    val_fraction = writer.job["settings"]["val_fraction"]
+    val_share = state["val"]["tokens"] / writer.tokens
+    if val_share > 2 * val_fraction:
+        oddities.append(
+            f"val.bin has {val_share:.1%} of the tokens, over twice --val_fraction={val_fraction}: "
+            f"the documents are too few or too unequal; shorter documents make it smaller"
+        )
+    return oddities
 
 
 def token_count_verdict(state: dict) -> str:

@@ -82,9 +82,9 @@ def is_whole(path: Path, tokens: int) -> bool:
 def open_tokens(data_dir: Path, split: str, block_size: int, vocab_size: int) -> np.memmap:
     """Open the tokens of one split: uint16, shape (tokens,), read from the disk on access.
 
-    Prints a warning if the ids of train.bin do not look like GPT-2's. Raises UserError if the file
-    is missing, has another format, differs from meta.json in size, is too short for one window of
-    `block_size` tokens and its targets, or contains an id that is not below `vocab_size`.
+    Prints a warning if train.bin has no end-of-text token. Raises UserError if the file is missing,
+    has another format or wider integers, differs from meta.json in size, is too short for one
+    window of `block_size` tokens and its targets, or contains an id that is not below `vocab_size`.
     """
     path = data_dir / f"{split}.bin"
     meta = read_meta(data_dir)
@@ -108,8 +108,10 @@ def open_tokens(data_dir: Path, split: str, block_size: int, vocab_size: int) ->
             f"{path}: contains id {largest}, but the model's vocab_size is {vocab_size}; "
             f"is this the right file?"
         )
-    if split == "train" and meta.get("vocab_size", VOCAB_SIZE) == VOCAB_SIZE:
-        warn_about_odd_ids(path, tokens, largest)
+    if meta.get("vocab_size", VOCAB_SIZE) == VOCAB_SIZE:
+        refuse_wider_integers(path, tokens)
+        if split == "train":
+            warn_about_no_ends(path, largest)
     return tokens
 
 
@@ -176,14 +178,24 @@ def recorded_largest_id(path: Path, split: str, meta: dict) -> int | None:
     return largest if modified_ns <= recorded_ns else None
 
 
-def warn_about_odd_ids(path: Path, tokens: np.ndarray, largest: int):
-    """Print a line if the ids, of which `largest` is the largest, do not look like GPT-2's."""
-    if not tokens[1:PROBE_TOKENS:2].any():
-        print(
-            f"{path}: every second id is 0; if these are uint32, convert them with: "
-            f"np.fromfile(OLD, '<u4').astype('<u2').tofile(NEW)"
-        )
-    elif largest < EOT:
+def refuse_wider_integers(path: Path, tokens: np.ndarray):
+    """Raise UserError, with the line that converts it, if a file has 32-bit or 64-bit integers.
+
+    Read as uint16, every second id is then 0, or three of four are. No GPT-2 text is like that.
+    """
+    start = tokens[:PROBE_TOKENS]
+    if start[1::2].any():
+        return
+    name, dtype = ("uint32", "<u4") if start[2::4].any() else ("int64", "<i8")
+    raise UserError(
+        f"{path}: contains {name} ids, not uint16; convert it with: "
+        f"np.fromfile(OLD, '{dtype}').astype('<u2').tofile(NEW)"
+    )
+
+
+def warn_about_no_ends(path: Path, largest: int):
+    """Print a line if `largest`, the largest id, is below end-of-text, so that no text ends."""
+    if largest < EOT:
         print(
             f"{path}: contains no end-of-text token ({EOT}), and the largest id is {largest:,}; "
             f"are these GPT-2 ids?"

@@ -86,33 +86,29 @@ def split_space_runs(text: str) -> list[str]:
     return [text[start:end] for start, end in zip(starts, ends)]
 
 
-def encode_documents(documents: list[bytes]) -> np.ndarray:
+def encode_documents(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of documents in UTF-8, each followed by end-of-text: uint16, shape (tokens,).
 
-    Bytes that are not UTF-8 become U+FFFD. All documents are encoded in one call of tiktoken, if
-    possible, so that threads rarely wait for Python's lock.
+    Bytes that are not UTF-8 become U+FFFD; also returns which documents have any: bool, shape
+    (documents,). All documents are encoded in one call of tiktoken, if possible, so that threads
+    rarely wait for Python's lock.
     """
+    is_replaced = np.zeros(len(documents), dtype=bool)
     try:
         text = EOT_TEXT.encode().join([*documents, b""]).decode()
         # There are more if <|endoftext|> occurs in a document, where it is plain text.
         if text.count(EOT_TEXT) == len(documents):
             ids = get_encoding().encode_to_numpy(text, allowed_special={EOT_TEXT})
-            return ids.astype(np.uint16)
+            return ids.astype(np.uint16), is_replaced
     except ValueError:  # bytes that are not UTF-8, or a million spaces
         pass
     parts = [np.empty(0, np.uint16)]
-    for document in documents:
-        ids = encode_document(decode(document))
-        parts += [ids.astype(np.uint16), np.array([EOT], np.uint16)]
-    return np.concatenate(parts)
-
-
-def decode(document: bytes) -> str:
-    """Return the text of UTF-8 bytes.
-
-    Encoded lone surrogates are kept. Everything else that is not UTF-8 becomes U+FFFD.
-    """
-    try:
-        return document.decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:
-        return document.decode("utf-8", "replace")
+    for number, document in enumerate(documents):
+        # Encoded lone surrogates are kept here; encode_document() replaces them.
+        try:
+            text = document.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            text = document.decode("utf-8", "replace")
+            is_replaced[number] = True
+        parts += [encode_document(text).astype(np.uint16), np.array([EOT], np.uint16)]
+    return np.concatenate(parts), is_replaced

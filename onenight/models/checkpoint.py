@@ -45,10 +45,14 @@ def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None):
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}); "
-            "--init_from=resume continues from the last checkpoint"
-        )
+        raise UserError(f"{path}: cannot be written ({reason}); {how_to_resume(path.parent)}")
+
+
+def how_to_resume(out_dir: Path) -> str:
+    """Return what a run that ends without saving says about its earlier checkpoints."""
+    if has_checkpoint(out_dir):
+        return "--init_from=resume continues from the last checkpoint"
+    return f"there is no checkpoint in {out_dir} to resume from"
 
 
 def has_checkpoint(out_dir: Path) -> bool:

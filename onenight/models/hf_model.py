@@ -4,6 +4,7 @@ config.json, and the names and layout of their tensors.
 transformers is optional, and takes seconds to import, so it is imported only where it is used.
 """
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,12 @@ from onenight.data.tokenizer import EOT, VOCAB_SIZE
 
 def import_transformers():
     """Return the transformers package, set up to print nothing but errors. Raises UserError if it
-    is missing or too old."""
+    is missing or too old, or cannot work because Python leaves out docstrings."""
+    if sys.flags.optimize >= 2:
+        raise UserError(
+            "transformers, which Hugging Face folders need, does not work without docstrings; "
+            "run this without python -OO and PYTHONOPTIMIZE=2"
+        )
     try:
         import transformers
         from transformers import TokenizersBackend  # noqa: F401  new in version 5

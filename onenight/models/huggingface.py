@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from onenight.models.checkpoint import check_weights, load_checkpoint, load_latest
+from onenight.models.checkpoint import (
+    BEST,
+    LATEST,
+    PREVIOUS,
+    check_weights,
+    has_checkpoint,
+    load_checkpoint,
+    load_latest,
+)
 from onenight.models.hf_model import from_config, from_transformers, import_transformers
 from onenight.models.hf_tokenizer import check_tokenizer
 from onenight.system.files import rename
@@ -22,10 +30,46 @@ def resolve_checkpoint(init_from: str, out_dir: Path) -> dict:
     it. Raises UserError if it cannot be read.
     """
     if init_from == "resume":
+        if (out_dir / "config.json").is_file() and not has_checkpoint(out_dir):
+            raise UserError(f"{out_dir}: is a Hugging Face folder; write --init_from={out_dir}")
         return load_latest(out_dir)
     if init_from.endswith(".pt"):
         return load_checkpoint(Path(init_from))
+    refuse_other_paths(Path(init_from))
     return read_folder(init_from)
+
+
+def refuse_other_paths(path: Path):
+    """Raise UserError, with what to write instead, if a path is a file, the folder of a run, or a
+    Hugging Face folder whose weights are not in safetensors files."""
+    beside_config = (path.parent / "config.json").is_file()
+    if beside_config and (path.is_file() or path.suffix == ".safetensors"):
+        raise UserError(f"{path}: is one file of a folder; write --init_from={path.parent}")
+    if path.is_file():
+        raise UserError(
+            f"{path}: is neither a checkpoint, whose name ends in .pt, nor the folder of a Hugging "
+            "Face model, with config.json and *.safetensors; write --init_from= with one of these"
+        )
+    if (path / "config.json").is_file():
+        refuse_pickled_weights(path)
+        return
+    checkpoints = [path / name for name in (LATEST, PREVIOUS, BEST)]
+    for checkpoint in checkpoints:
+        if checkpoint.is_file():
+            raise UserError(f"{path}: is the folder of a run; write --init_from={checkpoint}")
+
+
+def refuse_pickled_weights(folder: Path):
+    """Raise UserError if a Hugging Face folder has its weights in the old format only."""
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("pytorch_model*.bin")):
+        return
+    new = folder.with_name(folder.name + "-safetensors")
+    raise UserError(
+        f"{folder}: its weights are in pytorch_model.bin, but only safetensors are read; convert "
+        'them with: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained(r'{folder}').save_pretrained(r'{new}')\", "
+        f"then write --init_from={new}"
+    )
 
 
 def read_folder(name: str) -> dict:

@@ -7,6 +7,19 @@ import sys
 
 from configurator import UserError
 
+# The signals that ask a process to end. Batch systems send SIGUSR1, SIGUSR2 or SIGXCPU some time
+# before they kill it. SIGBREAK is Ctrl-Break on Windows, which lacks some of the others.
+STOP_SIGNALS = (
+    "SIGINT",
+    "SIGTERM",
+    "SIGHUP",
+    "SIGQUIT",
+    "SIGUSR1",
+    "SIGUSR2",
+    "SIGXCPU",
+    "SIGBREAK",
+)
+
 
 class Output:
     """A text stream that goes silent, instead of raising, when its terminal, pipe or disk fails."""
@@ -63,28 +76,37 @@ def run_script(main):
 
 
 class StopSignal:
-    """Catches the signals that ask a run to stop.
+    """Catches the signals that ask a run to stop: STOP_SIGNALS, without those that were ignored
+    from the start, as nohup ignores SIGHUP.
 
-    These are SIGINT (Ctrl-C), SIGTERM, and SIGHUP (a closed terminal), unless SIGHUP was ignored
-    from the start, as by nohup. `requested` is True from the first signal on. A second Ctrl-C
-    raises KeyboardInterrupt.
+    `number` is that of the first signal, and None before it. A later Ctrl-C raises
+    KeyboardInterrupt.
     """
 
     def __init__(self):
-        self.requested = False
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        self.number = None
+        for name in STOP_SIGNALS:
             number = getattr(signal, name, None)
-            if number is None:  # Windows has no SIGHUP
-                continue
-            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
-                continue
-            signal.signal(number, self.handle)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.handle)
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of a process that a signal has stopped, as shells report it; 0 if there
+        was none, because another process was asked to stop."""
+        return 128 + self.number if self.requested else 0
 
     def handle(self, number: int, _frame):
         """Record the request; the signal handler."""
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # SIGXCPU comes every second
+        self.number = number
         # Not print(), which the signal may have interrupted. The terminal may be gone.
         with contextlib.suppress(OSError):
             os.write(2, b"\nsaving and stopping; press Ctrl-C again to stop at once\n")

@@ -3,16 +3,25 @@
 What this machine lacks is replaced by what it has, with a message.
 """
 
+import os
+import re
 import sys
 import time
 
 import torch
 
 from configurator import UserError
+from onenight.system.cache_folders import use_cache_folder
 from onenight.system.wording import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEASURE_S = 0.5  # how long measure_tflops() measures
+# What compilers and the system say of a folder for temporary files that is full, or from which
+# nothing may be executed (noexec).
+UNUSABLE_FOLDER = re.compile(
+    "No space left|quota exceeded|Read-only file system|Permission denied|Operation not permitted"
+    "|failed to map segment|No usable temporary directory"
+)
 
 
 def set_up_device(device: str, dtype: str, compiled: bool) -> tuple[torch.device, str, bool]:
@@ -28,7 +37,8 @@ def set_up_device(device: str, dtype: str, compiled: bool) -> tuple[torch.device
 def choose_device(device: str) -> torch.device:
     """Return the device of that name; "auto" is a GPU if there is one, or else the CPU.
 
-    Raises UserError if this machine does not have the device.
+    Raises UserError if this machine does not have the device, or if the device holds no numbers, as
+    "meta".
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -38,8 +48,10 @@ def choose_device(device: str) -> torch.device:
         else:
             device = "cpu"
     try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        probe = torch.ones(1, device=device)
+        probe.item()
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
             f"device={device} is not available here ({first_line(error)}); try --device=auto"
         )
@@ -93,19 +105,56 @@ def use_tf32(device: torch.device):
 def compile_works(device: torch.device) -> bool:
     """Return whether torch.compile works here; if not, print the reason and the remedy."""
     try:
+        choose_compile_caches()
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
         return True
     except Exception as error:
         # No C++ compiler, no Python headers, no Triton, a Python that is too new, ...
-        if sys.platform == "win32":
-            remedy = "pip install triton-windows, or train in WSL2"
-        else:
-            remedy = (
-                "install a C++ compiler and Python's headers "
-                "(on Debian and Ubuntu: apt install g++ python3-dev)"
-            )
-        print(f"torch.compile: disabled ({first_line(error)}). To enable it: {remedy}")
+        print(describe_compile_failure(error))
         return False
+
+
+def choose_compile_caches():
+    """Make sure that torch.compile can write to its cache folders. Raises OSError if it cannot."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    use_cache_folder("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    if os.environ.get("TRITON_CACHE_DIR"):  # otherwise a folder in the other one
+        use_cache_folder("TRITON_CACHE_DIR", "")
+
+
+def is_compile_failure(error: Exception) -> bool:
+    """Return whether this is an error of torch.compile, and not of the code that it compiled."""
+    if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
+        return False  # a GPU's memory, when Inductor tried a kernel
+    of_triton = type(error).__module__.startswith("triton.")
+    return of_triton or isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+def describe_compile_failure(error: Exception) -> str:
+    """Return the line that says why torch.compile is disabled, and what to do about it."""
+    reason = compiler_line(error)
+    if UNUSABLE_FOLDER.search(reason):
+        remedy = "set TMPDIR to a folder with free space from which programs can be executed"
+    elif sys.platform == "win32":
+        remedy = "pip install triton-windows, or train in WSL2"
+    else:
+        remedy = (
+            "install a C++ compiler and Python's headers "
+            "(on Debian and Ubuntu: apt install g++ python3-dev)"
+        )
+    return f"torch.compile: disabled ({reason}). To enable it: {remedy}"
+
+
+def compiler_line(error: Exception) -> str:
+    """Return the line of a compilation's error that names the cause: the C++ compiler's own, if it
+    was started."""
+    _, _, output = str(error).partition("\nOutput:\n")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for line in lines:
+        if re.search("error|failed", line, re.IGNORECASE):
+            return line
+    return lines[0] if lines else first_line(error)
 
 
 def compile_model(model):

@@ -18,12 +18,13 @@ def lock_folder(folder: Path):
 
     The lock is held by the operating system, not by the existence of a file, so it ends with the
     process, even with one that is killed. Raises UserError if another process holds the lock or if
-    the folder cannot be written to. On a disk without locks it prints a warning and goes on.
+    the folder cannot be written to. On a disk without such locks it prints a warning and goes on.
     """
     make_folder(folder)
     lock_file = folder / "lock"
     holder_file = folder / "lock.txt"  # apart, because Windows does not let a locked file be read
-    lock = filelock.FileLock(lock_file)
+    # A soft lock is a file that a killed process leaves behind, and that blocks every later run.
+    lock = filelock.FileLock(lock_file, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
         started = time.strftime("%Y-%m-%d %H:%M")

@@ -11,7 +11,13 @@ GB = 1e9
 RESERVE = 0.7 * GB
 
 # What the errors say that have no class of their own: some of CUDA's libraries', a CPU's, MPS's.
-OUT_OF_MEMORY_WORDS = ("out of memory", "alloc_failed", "allocate memory", "not enough memory")
+OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "alloc_failed",
+    "allocate memory",
+    "not enough memory",
+    "could not create a primitive",  # oneDNN, on a CPU
+)
 
 
 def usable_memory(device: torch.device, vram_limit_gb: float = 0.0) -> float:

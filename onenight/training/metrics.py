@@ -63,9 +63,14 @@ class Metrics:
 
     def draw(self):
         """Write loss.png and samples.txt anew from metrics.jsonl."""
-        with self.never_stopping("loss.png or samples.txt"):
+        records = []
+        with self.never_stopping(self.path):
             records = read_metrics(self.path)
+        if not records:
+            return
+        with self.never_stopping("loss.png"):
             draw_losses(records, self.path.with_name("loss.png"))
+        with self.never_stopping("samples.txt"):
             write_samples(records, self.path.with_name("samples.txt"))
 
 
@@ -104,7 +109,7 @@ def write_samples(records: list[dict], path: Path):
     lines = []
     for record in records:
         if "sample" in record:
-            line = "iter {iter}, val loss {val_loss:.4f}: {sample}\n".format(**record)
-            lines.append(line)
+            val_loss = record.get("val_loss", math.nan)
+            lines.append(f"iter {record['iter']}, val loss {val_loss:.4f}: {record['sample']}\n")
     with replacing(path) as file:
         file.write("".join(lines).encode())

@@ -2,13 +2,14 @@
 what to change if it does not fit."""
 
 import math
-import os
+from dataclasses import dataclass
 
 import torch
 
 from model import CHUNK_ROWS, GPT, GPTConfig
 from onenight.data.token_file import token_count
 from onenight.system.device import DTYPES, choose_dtype, measure_tflops
+from onenight.system.limits import available_memory, container_memory
 from onenight.system.memory import GB, RESERVE, usable_memory
 from onenight.system.wording import duration
 from onenight.training.optimizers import state_numbers
@@ -30,6 +31,26 @@ FLOAT32_BYTES = 4
 EAGER_BYTES = {"gpt2": 0, "qwen3": 30}
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run is expected to take. With several processes, it is the plan of one alone."""
+
+    ceiling: float  # TFLOP/s of matrix products on this machine
+    parameters: int
+    flops_per_token: int
+    tokens_per_s: float
+    speed: str  # the TFLOP/s behind tokens_per_s and where they come from, in words
+    iters: int
+    tokens: int
+    seconds: float  # the evaluations come on top, except with --hours
+    memory: dict[str, float]  # bytes of each part at the peak: see predict_memory()
+    fits: str  # whether the memory suffices, in words
+
+    @property
+    def peak_memory_gb(self) -> float:
+        return sum(self.memory.values()) / GB
+
+
 def measure_ceiling(config: TrainConfig) -> float:
     """Return the TFLOP/s of matrix products on this machine, in the number format of the run."""
     device = torch.device(config.device)
@@ -38,33 +59,51 @@ def measure_ceiling(config: TrainConfig) -> float:
     return measure_tflops(device, dtype)
 
 
-def print_plan(config: TrainConfig, ceiling: float, arguments: list[str]):
-    """Print the plan of a run with resolved settings (see settings.py) on this device, whose matrix
-    products reach `ceiling` TFLOP/s, or on the card that config.plan_vram_gb and config.plan_tflops
-    describe. The data need not exist yet. `arguments`: the command line, for the warnings."""
+def make_plan(config: TrainConfig, ceiling: float) -> Plan:
+    """Return the plan of a run with resolved settings (see settings.py) on this device, whose
+    matrix products reach `ceiling` TFLOP/s, or on the card that config.plan_vram_gb and
+    config.plan_tflops describe. The data need not exist yet."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_args(config)))
-    if not config.plan_vram_gb:
-        print(f"device: {describe_device(config)}")
     flops = model.flops_per_token()
-    print(f"parameters: {model.get_num_params() / 1e6:.2f}M, {flops / 1e6:,.0f} MFLOP per token")
-    tflops, source = expected_speed(config, ceiling)
+    tflops, speed = expected_speed(config, ceiling)
     s_per_iter = flops * config.tokens_per_iter / tflops / 1e12
     iters = config.max_iters
     if config.hours:
         iters = max(1, int(config.hours * 3600 / s_per_iter))
-    tokens = iters * config.tokens_per_iter
-    evaluation = "evaluation included" if config.hours else "plus evaluation"
+    return Plan(
+        ceiling=ceiling,
+        parameters=model.get_num_params(),
+        flops_per_token=flops,
+        tokens_per_s=config.tokens_per_iter / s_per_iter,
+        speed=speed,
+        iters=iters,
+        tokens=iters * config.tokens_per_iter,
+        seconds=iters * s_per_iter,
+        memory=predict_memory(model, config, config.batch_size),
+        fits=judge_fit(config, model),
+    )
+
+
+def print_plan(plan: Plan, config: TrainConfig, arguments: list[str]):
+    """Print a plan and the settings that it is for. `arguments`: the command line, for the
+    warnings."""
+    if not config.plan_vram_gb:
+        print(f"device: {describe_device(config)}")
     print(
-        f"tokens: {config.tokens_per_iter:,} per iteration, {iters:,} iterations, {tokens:,}; "
-        f"{describe_epochs(config, tokens)}"
+        f"parameters: {plan.parameters / 1e6:.2f}M, "
+        f"{plan.flops_per_token / 1e6:,.0f} MFLOP per token"
+    )
+    print(
+        f"tokens: {config.tokens_per_iter:,} per iteration, {plan.iters:,} iterations, "
+        f"{plan.tokens:,}; {describe_epochs(config, plan.tokens)}"
     )
     print(f"learning rate: {describe_schedule(config)}")
-    memory = predict_memory(model, config, config.batch_size)
-    parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in memory.items())
-    print(f"memory: {sum(memory.values()) / GB:.1f} GB at the peak ({parts})")
-    print(f"fits: {judge_fit(config, model)}")
-    print(f"time: {duration(iters * s_per_iter)} at {source}; {evaluation}")
+    parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in plan.memory.items())
+    print(f"memory: {plan.peak_memory_gb:.1f} GB at the peak ({parts})")
+    print(f"fits: {plan.fits}")
+    evaluation = "evaluation included" if config.hours else "plus evaluation"
+    print(f"time: {duration(plan.seconds)} at {plan.speed}; {evaluation}")
     for warning in schedule_warnings(config) + recipe_warnings(config, arguments):
         print(f"warning: {warning}")
 
@@ -185,8 +224,7 @@ def judge_fit(config: TrainConfig, model: GPT) -> str:
     free, name = free_memory(config)
     if free is None:
         return "unknown: this system does not report its memory"
-    is_gpu = config.plan_vram_gb or config.device.startswith("cuda")
-    amount = f"{free / GB:.1f} GB {'free' if is_gpu else 'of memory'}"
+    amount = f"{free / GB:.1f} GB free"
     peak = {}
     for size in range(1, config.batch_size + 1):
         if config.windows_per_iter % size == 0:
@@ -214,7 +252,7 @@ def free_memory(config: TrainConfig) -> tuple[float | None, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return usable_memory(device, config.vram_limit_gb), name
-    name = "this machine"
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), name
-    return None, name
+    free = available_memory()
+    if math.isinf(free):
+        return None, "this machine"
+    return free, "this container" if free == container_memory() else "this machine"

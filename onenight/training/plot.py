@@ -1,7 +1,9 @@
 """loss.png: the losses and the learning rate against tokens."""
 
+import sys
 from pathlib import Path
 
+from onenight.system.cache_folders import use_cache_folder
 from onenight.system.files import replacing
 
 MAX_POINTS = 1000  # of a curve; more would not be visible, and would take longer to draw
@@ -10,6 +12,8 @@ MAX_POINTS = 1000  # of a curve; more would not be visible, and would take longe
 def draw_losses(records: list[dict], path: Path):
     """Draw the records of metrics.jsonl as a PNG: training and validation loss, and below them the
     learning rate."""
+    if "matplotlib" not in sys.modules:
+        use_cache_folder("MPLCONFIGDIR", "~")
     from matplotlib.figure import Figure  # here, because importing it takes a second
 
     steps = [record for record in records if "train_loss" in record]

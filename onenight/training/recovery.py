@@ -1,6 +1,6 @@
-"""What protects a run from memory that runs out, and from losses, gradients and weights that are
-not finite. (A stop that was requested: StopRequested in trainer.py, and the end of train.py's
-loop.)"""
+"""What protects a run from memory that runs out, from a model that cannot be compiled, and from
+losses, gradients and weights that are not finite. (A stop that was requested: StopRequested in
+trainer.py, and the end of train.py's loop.)"""
 
 import math
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 
 from configurator import UserError
 from onenight.models.checkpoint import LATEST, has_checkpoint, load_latest
+from onenight.system.device import describe_compile_failure, is_compile_failure
 from onenight.system.memory import is_out_of_memory
 from onenight.training.settings import micro_batch_size
 from onenight.training.trainer import Trainer
@@ -37,16 +38,30 @@ class Recovery:
 
     def within_memory(self, job: Callable, *arguments):
         """Return job(*arguments). If memory runs out, repeat it with smaller micro-batches, more of
-        them: the same windows in the same order. Raises UserError if one window is too much. The
-        job must not communicate with other processes after it has allocated much memory."""
+        them: the same windows in the same order. Raises UserError if one window is too much. If
+        the model cannot be compiled, repeat it without torch.compile. The job must not communicate
+        with other processes after it has allocated much memory."""
         while True:
             try:
                 return job(*arguments)
             except Exception as error:
-                if not is_out_of_memory(error):
+                if self.is_compiled and is_compile_failure(error):
+                    print(describe_compile_failure(error))
+                    change = self.stop_compiling
+                elif is_out_of_memory(error):
+                    change = self.shrink_micro_batch
+                else:
                     raise
             # Outside of the except block, which keeps the tensors of the failed attempt alive.
-            self.shrink_micro_batch()
+            change()
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.trainer.compiled_model is not self.trainer.model
+
+    def stop_compiling(self):
+        """Continue with the model as it is, uncompiled."""
+        self.trainer.compiled_model = self.trainer.model
 
     def shrink_micro_batch(self):
         """Lower the micro-batch to half its size or the next smaller size that divides an

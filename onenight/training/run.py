@@ -1,11 +1,15 @@
 """One training run in its folder: the trainer, and what times, plans, protects and records it."""
 
+import contextlib
+import os
 from pathlib import Path
 
 from onenight.models.checkpoint import check_space
+from onenight.system.locks import lock_folder
 from onenight.training.clock import Clock
 from onenight.training.metrics import Metrics
 from onenight.training.optimizers import state_numbers
+from onenight.training.plan import Plan
 from onenight.training.recovery import Recovery
 from onenight.training.schedule import Schedule
 from onenight.training.trainer import Progress, Trainer
@@ -13,15 +17,15 @@ from onenight.training.wandb_log import start_wandb
 
 
 class Run:
-    """What the functions of train.py share. `ceiling`: the TFLOP/s of matrix products that MFU is
-    relative to."""
+    """What the functions of train.py share."""
 
-    def __init__(self, trainer: Trainer, clock: Clock, ceiling: float, out_dir: Path):
+    def __init__(self, trainer: Trainer, clock: Clock, plan: Plan, out_dir: Path):
         self.trainer = trainer
         self.config = trainer.config
         self.clock = clock
-        self.ceiling = ceiling
+        self.plan = plan
         self.out_dir = out_dir
+        self.lock = contextlib.ExitStack()  # holds the lock of out_dir while the run writes there
         self.schedule = Schedule(self.config, clock, trainer.ranks, trainer.eval_tokens)
         self.recovery = Recovery(trainer, out_dir)
         self.metrics = None  # stays None in all processes but the first
@@ -52,6 +56,14 @@ class Run:
         """Whether this process records the run: not the others, and not with --eval_only."""
         return self.metrics is not None
 
+    def restore_folder(self):
+        """Create and lock out_dir again if it was removed or renamed during the run."""
+        if os.path.isdir(self.out_dir):
+            return
+        print(f"{self.out_dir} was removed or renamed during the run: creating it again")
+        self.lock.close()
+        self.lock.enter_context(lock_folder(self.out_dir))
+
     def evaluation_is_due(self) -> bool:
         if self.progress.evaluated_iter == self.progress.iter_num:
             return False
@@ -71,7 +83,7 @@ class Run:
         return self.config.tokens_per_iter / s_per_iter
 
     def mfu(self, s_per_iter: float) -> float:
-        """Return the model FLOPs utilization: the fraction of the ceiling, over the devices of all
-        processes."""
+        """Return the model FLOPs utilization: the fraction of the plan's ceiling, over the devices
+        of all processes."""
         flops_per_s = self.tokens_per_s(s_per_iter) * self.trainer.model.flops_per_token()
-        return flops_per_s / 1e12 / self.ceiling / self.trainer.ranks.world_size
+        return flops_per_s / 1e12 / self.plan.ceiling / self.trainer.ranks.world_size

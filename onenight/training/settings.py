@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configurator import UserError, read_config_file, setting
+from configurator import UserError, is_file, read_config_file, setting
 from model import ARCHITECTURES, GPTConfig
 from onenight.system.device import DTYPES, choose_device, choose_dtype, compile_works
 from onenight.training.optimizers import CHOICES, rates_missing
@@ -14,7 +14,7 @@ class TrainConfig:
     """Raises ValueError for settings that contradict one another."""
 
     # output and stages
-    out_dir: str = setting("out", "folder of ckpt.pt, metrics.jsonl and loss.png", path=True)
+    out_dir: str = setting("out", "folder of ckpt.pt, metrics.jsonl and loss.png", folder=True)
     eval_interval: int = setting(
         2000, "iterations between evaluations, each with a checkpoint", low=1
     )
@@ -42,7 +42,10 @@ class TrainConfig:
     )
     allow_new_data: bool = setting(False, "resume even if train.bin has changed")
     init_from: str = setting(
-        "scratch", "'scratch', 'resume', a *.pt file, or a Hugging Face folder or name", path=True
+        "scratch",
+        "'scratch', 'resume', 'auto' (resume if out_dir has a checkpoint), a *.pt file, or a "
+        "Hugging Face folder or name",
+        path=True,
     )
     wandb_log: bool = setting(False, "also log to Weights & Biases")
     wandb_project: str = setting("owt", "project at Weights & Biases")
@@ -117,6 +120,7 @@ class TrainConfig:
                 "for the parameters that another optimizer updates"
             )
         GPTConfig(**self.shape)  # raises if the shape is impossible
+        refuse_file_as_dataset(self.dataset)
 
     @property
     def data_dir(self) -> Path:
@@ -174,6 +178,30 @@ def resolve(config: TrainConfig, device: str) -> TrainConfig:
         dtype=choose_dtype(config.dtype, chosen),
         compile=config.compile and compile_works(chosen),
     )
+
+
+def refuse_file_as_dataset(dataset: str):
+    """Raise ValueError, with what to write instead, if the dataset is a file. A relative path may
+    begin in the working directory or in data/."""
+    path = Path(dataset)
+    in_data = Path("data", dataset)
+    if in_data.is_dir() or not (is_file(dataset) or in_data.is_file()):
+        return
+    begins_here = path.is_file() or path.parts[0] == "data"
+    folder = path.parent if begins_here and not in_data.is_file() else in_data.parent
+    if path.suffix == ".bin" or (folder / "train.bin").is_file():
+        # A folder that is not in data/ can only be given by its absolute path.
+        if folder.parent != Path("data"):
+            folder = folder.absolute()
+        remedy = f"write --dataset={folder}"
+    else:
+        source = dataset if path.suffix == ".parquet" else "FILE.parquet"
+        name = path.stem if path.suffix == ".parquet" else "NAME"
+        remedy = (
+            f"make it with: python prepare_single_parquet.py {source} --out_dir=data/{name}, "
+            f"then write --dataset={name}"
+        )
+    raise ValueError(f"dataset takes the folder of train.bin and val.bin, not a file; {remedy}")
 
 
 def flag_names(arguments: list[str]) -> set[str]:

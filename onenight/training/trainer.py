@@ -70,9 +70,12 @@ def read_progress(checkpoint: dict, config: TrainConfig) -> Progress:
     iter_num = checkpoint.get("iter_num", 0)
     # Older versions decided on max_iters during a run with --hours.
     max_iters = checkpoint.get("max_iters") or config.max_iters
+    # The batch size may have been another one then.
+    then = {**asdict(config), **checkpoint.get("config", {})}
+    windows = iter_num * then["batch_size"] * then["gradient_accumulation_steps"]
     values = {
-        "position": iter_num * config.windows_per_iter,
-        "tokens": iter_num * config.tokens_per_iter,
+        "position": windows,
+        "tokens": windows * then["block_size"],
         "fraction": min(1.0, iter_num / max_iters),
         **checkpoint,
     }
@@ -241,6 +244,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "model_args": self.model_args,
             "iter_num": self.progress.iter_num,
+            "tokens": self.progress.tokens,
             "best_val_loss": self.progress.best_val_loss,
             "config": asdict(self.config),
         }

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from helpers import ROOT, flags_of, load, metrics, train, train_here
+from helpers import PROGRAMS, ROOT, flags_of, load, metrics, run, train, train_here
 
 SHORT = {"max_iters": 12, "eval_interval": 12}
 
@@ -49,6 +49,32 @@ def test_a_run_survives_a_path_that_its_console_cannot_encode(bins, tmp_path):
     result = train(bins, out_dir, env={"PYTHONIOENCODING": "cp1252"}, **SHORT)
     assert result.returncode == 0, result.stderr
     assert load(out_dir)["iter_num"] == 12
+
+
+def test_a_picture_that_cannot_be_drawn_is_not_announced_and_costs_nothing_else(
+    bins, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("onenight.training.metrics.draw_losses", lambda *arguments: 1 / 0)
+    result = train_here(bins, tmp_path, **SHORT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("loss.png: cannot be written (division by zero)") == 1
+    assert "loss picture:" not in result.stdout
+    assert (tmp_path / "samples.txt").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the list of users of POSIX")
+def test_a_run_of_an_unknown_user_without_a_home_directory_writes_all_its_files(bins, tmp_path):
+    cache = tmp_path / "file" / "cache"
+    cache.parent.write_text("")
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}  # torch cannot create it
+    program = PROGRAMS / "train_as_unknown_user.py"
+    result = run(program, *flags_of(bins, tmp_path, SHORT), env=environment)
+    assert result.returncode == 0, result.stderr
+    assert f"{cache}: cannot be written to (Not a directory): using TORCHINDUCTOR" in result.stdout
+    assert "there is no home directory: using MPLCONFIGDIR=" in result.stdout
+    assert f"loss picture: {tmp_path / 'loss.png'}" in result.stdout
+    assert (tmp_path / "loss.png").exists()
+    assert (tmp_path / "samples.txt").exists()
 
 
 def test_a_run_survives_metrics_and_a_picture_that_cannot_be_written(bins, tmp_path):

@@ -42,7 +42,7 @@ def interrupt(process):
 # A stop that saves
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stop_does_not_wait_for_the_end_of_a_long_iteration(bins, tmp_path, number):
     process = start_training(bins, tmp_path, **LONG_ITERATION)
     wait_for_line(process, "step 0:")

@@ -10,11 +10,14 @@ from helpers import flags_of, load, losses, run_torchrun
 def test_many_processes_train_as_one_and_a_run_may_change_their_number(
     bins, finished_run, tmp_path
 ):
-    first = run_torchrun(4, "train.py", *flags_of(bins, tmp_path, {"max_iters": 20}))
+    settings = {"init_from": "auto", "max_iters": 20}
+    first = run_torchrun(4, "train.py", *flags_of(bins, tmp_path, settings))
     assert first.returncode == 0, first.stderr
+    assert first.stdout.count("init_from=auto: starting from scratch") == 1
     assert len(re.findall("^iter 5:", first.stdout, re.M)) == 1  # only one process prints
-    resumed = run_torchrun(2, "train.py", *flags_of(bins, tmp_path, {"init_from": "resume"}))
+    resumed = run_torchrun(2, "train.py", *flags_of(bins, tmp_path, {"init_from": "auto"}))
     assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("init_from=auto: resuming") == 1
     for one, other in zip(losses(finished_run), losses(tmp_path), strict=True):
         assert one["iter"] == other["iter"]
         assert one["tokens"] == other["tokens"]

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import export as export_script
 import sample as sample_script
-from helpers import ROOT, assert_one_sentence, make_bins, metrics, run, run_here, train_here
+from helpers import ROOT, assert_one_sentence, load, make_bins, metrics, run, run_here, train_here
 from random_models import SHAPE, save_random_checkpoint
 
 FILES = [
@@ -150,6 +150,18 @@ def test_the_model_card_summarizes_the_training(trained):
     ]
     assert [fact for fact in facts if fact not in card] == []
     assert str(trained.parent) not in card
+
+
+def test_the_model_card_has_the_tokens_of_a_run_that_changed_its_batch_size(bins, tmp_path):
+    flags = {"max_iters": 20, "gradient_accumulation_steps": 4}
+    assert train_here(bins, tmp_path, max_iters=10).returncode == 0
+    assert train_here(bins, tmp_path, init_from="resume", **flags).returncode == 0
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8))
+    tokens = 10 * 512 + 10 * 1024
+    for name in ("ckpt.pt", "best.pt"):
+        checkpoint = load(tmp_path, name)
+        card = export_script.model_card("my-gpt", theirs, checkpoint, [])
+        assert f"| iterations | 20, the last of 1,024 tokens, {tokens:,} in total |" in card
 
 
 def test_the_code_in_the_model_card_runs(trained, monkeypatch, capsys):

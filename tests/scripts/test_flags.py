@@ -25,6 +25,8 @@ SCRIPTS = [
     (prepare_script, PrepareConfig),
 ]
 
+SCRIPT_FILES = ["train.py", "sample.py", "export.py", "prepare_single_parquet.py", "make_demo.py"]
+
 
 @pytest.mark.parametrize("script, cls", SCRIPTS)
 def test_help_lists_every_setting_with_its_default_reason_and_range(script, cls):
@@ -41,6 +43,76 @@ def test_help_lists_every_setting_with_its_default_reason_and_range(script, cls)
         assert field.metadata["reason"] in line
         accepted = accepted_values(field)
         assert line.endswith(f"({accepted})" if accepted else field.metadata["reason"])
+
+
+@pytest.mark.parametrize("script, cls", SCRIPTS)
+def test_help_without_docstrings_lists_the_settings(script, cls, monkeypatch):
+    """With python -OO, __doc__ is None."""
+    monkeypatch.setattr(script, "__doc__", None)
+    result = run_here(script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("settings (")
+
+
+@pytest.mark.parametrize("script", SCRIPT_FILES)
+def test_packages_that_are_too_old_are_named_once_before_they_are_imported(script, tmp_path):
+    for package in ("numpy-1.26.4", "torch-2.4.1"):
+        name, version = package.split("-")
+        folder = tmp_path / f"{package}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    result = run(script, "--help", env={"PYTHONPATH": str(tmp_path)})
+    assert_one_sentence(result, "numpy 1.26.4 is too old: 2.0 or newer is needed; torch 2.4.1 is")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
+@pytest.mark.parametrize("script", SCRIPT_FILES)
+def test_a_script_that_cannot_import_the_package_says_why(script):
+    result = run(script, "--help", env={"PYTHONSAFEPATH": "1"})
+    assert_one_sentence(result, "No module named 'onenight': keep this script next to onenight/")
+
+
+@pytest.mark.parametrize(
+    "script, name, remedy",
+    [
+        (train_script, "ckpt.pt", "write --out_dir={folder}, or --init_from={folder}/ckpt.pt to"),
+        (sample_script, "best.pt", "write --out_dir={folder}, or --init_from={folder}/best.pt to"),
+        (export_script, "ckpt.pt", "write --out_dir={folder}, or --init_from={folder}/ckpt.pt to"),
+        (prepare_script, "train.bin", "write --out_dir={folder}"),
+        (sample_script, "samples.txt", "write --out_dir={folder}"),
+    ],
+)
+def test_a_file_as_out_dir_is_refused_with_the_folder_to_write(script, name, remedy, tmp_path):
+    (tmp_path / name).touch()
+    result = run_here(script, f"--out_dir={tmp_path / name}")
+    assert_one_sentence(result, "out_dir takes a folder, not a file; ")
+    assert remedy.format(folder=tmp_path) in result.stderr
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_file_as_dataset_is_refused_with_the_folder_to_write(bins):
+    result = run_here(train_script, f"--dataset={bins / 'train.bin'}")
+    assert_one_sentence(result, f"not a file; write --dataset={bins}\n")
+
+
+@pytest.mark.parametrize("script", [train_script, sample_script, export_script])
+def test_the_folder_of_a_run_as_init_from_is_refused_with_the_file_to_write(
+    script, tmp_path, monkeypatch
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/ckpt.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    flags = ["--init_from=run"]
+    if script is export_script:
+        flags.append("--export_dir=new")
+    result = run_here(script, *flags)
+    assert_one_sentence(result, "the folder of a run; write --init_from=run/ckpt.pt")
+
+
+@pytest.mark.parametrize("script", [train_script, sample_script])
+def test_a_setting_of_nanogpt_that_is_none_here_is_explained(script):
+    result = run_here(script, "--vocab_size=50304")
+    assert_one_sentence(result, "no key 'vocab_size'; it follows from the data or the checkpoint")
 
 
 @pytest.mark.parametrize(

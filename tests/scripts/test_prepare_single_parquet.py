@@ -1,17 +1,25 @@
 """prepare_single_parquet.py against a reference of tiktoken and numpy, and what it refuses."""
 
+import ast
+import bz2
+import csv
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
+import pyarrow.orc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,6 +79,10 @@ def test_bins_and_meta_json_are_those_of_the_reference(num_workers, source, tmp_
         "eot": 50256,
         "dtype": "uint16",
         "empty_documents": len(TEXTS) - len(DOCUMENTS),
+        "cut_documents": 0,
+        "replaced_documents": 0,
+        "nul_documents": DOCUMENTS.count("a\x00b\r\n"),
+        "likely_encodings": {"text with NULs": DOCUMENTS.count("a\x00b\r\n")},
         "text_bytes": sum(len(text.encode()) for text in DOCUMENTS),
         "token_counts_compared": len(TEXTS),
         "token_counts_differing": 0,
@@ -221,6 +233,27 @@ def test_a_copy_of_a_file_is_skipped(tmp_path):
     assert "is complete already" in prepare(original, out_dir=tmp_path / "out").stdout
 
 
+def test_a_copy_with_another_compression_is_skipped(tmp_path):
+    texts = [f"text {i}" for i in range(300)]
+    original = write_parquet(tmp_path / "a.parquet", texts)
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "b.parquet", compression="zstd")
+    result = prepare(tmp_path, out_dir=tmp_path / "out")
+    assert result.stdout.count(f"skipped, because it has the same texts as {original}") == 1
+    assert read_bins(tmp_path / "out") == reference_bins(texts)
+
+
+def test_links_in_a_loop_and_unfinished_files_are_left_out(tmp_path):
+    texts = [f"text {i}" for i in range(300)]
+    data = tmp_path / "data"
+    (data / "_temporary").mkdir(parents=True)
+    (data / "loop").symlink_to(data)
+    write_parquet(data / "a.parquet", texts)
+    (data / "_temporary" / "part.parquet").write_bytes(b"PAR1 unfinished")
+    result = prepare(data, out_dir=tmp_path / "out")
+    assert "skipped, because" not in result.stdout
+    assert read_bins(tmp_path / "out") == reference_bins(texts)
+
+
 def test_a_few_documents_are_enough(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", ["", "first", None, "second", "third"])
     assert prepare(path, out_dir=tmp_path / "out").returncode == 0
@@ -299,6 +332,278 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path):
     small = peak_mb(500)
     large = peak_mb(20_000)
     assert large < small + 60  # runs of the same file differ by about 10 MB
+
+
+# -----------------------------------------------------------------------------
+# One document, or a very long one
+
+
+def read_documents(path):
+    """Return the documents of a token file as texts."""
+    text = tokenizer.get_encoding().decode(np.fromfile(path, "<u2").tolist())
+    *documents, rest = text.split(tokenizer.EOT_TEXT)
+    assert rest == ""
+    return documents
+
+
+def test_a_file_with_one_document_is_prepared(tmp_path):
+    text = "".join(f"This is sentence {i} of a book. " for i in range(10_000))
+    path = write_parquet(tmp_path / "a.parquet", [text])
+    result = prepare(path, "--val_fraction=0.05", out_dir=tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stdout
+    assert read_summary(result)["documents"] == "1 (1 cut in two for val.bin)"
+    (train_text,) = read_documents(tmp_path / "out" / "train.bin")
+    (val_text,) = read_documents(tmp_path / "out" / "val.bin")
+    assert val_text + train_text == text
+    assert 0.045 < len(val_text) / len(text) < 0.055
+    assert prepare("--verify", out_dir=tmp_path / "out").returncode == 0
+
+
+def test_a_giant_among_small_documents_does_not_leave_train_bin_empty(tmp_path):
+    giant = "".join(f"This is sentence {i} of a book. " for i in range(10_000))
+    texts = [giant, *["And this is short."] * 399]
+    path = write_parquet(tmp_path / "a.parquet", texts)
+    result = prepare(path, out_dir=tmp_path / "out")
+    train = read_documents(tmp_path / "out" / "train.bin")
+    val = read_documents(tmp_path / "out" / "val.bin")
+    assert val[0] + train[0] == giant
+    assert [train[1:], val[1:]] == [texts[2:], texts[200:201]]
+    assert len(val[0]) == pytest.approx(8192, rel=0.1)
+    assert "warning: val.bin has " in result.stdout  # 8,192 bytes are over 1 %
+    # The limits count documents of the input, and the end-of-text token that the cut added.
+    tokens = np.fromfile(tmp_path / "out" / "val.bin", "<u2").tolist().index(50256) + 1
+    tokens += np.fromfile(tmp_path / "out" / "train.bin", "<u2").tolist().index(50256) + 1
+    prepare(path, "--max_documents=3", out_dir=tmp_path / "three")
+    prepare(path, f"--max_tokens={tokens}", out_dir=tmp_path / "one")
+    prepare(path, f"--max_tokens={tokens + 1}", out_dir=tmp_path / "two")
+    for name, documents in (("three", 3), ("one", 1), ("two", 2)):
+        assert len(read_documents(tmp_path / name / "train.bin")) == documents
+
+
+def test_the_size_of_repeated_texts_is_seen_as_they_are_read(tmp_path):
+    """A dictionary column stores them once, so that the estimate of all text is far too low."""
+    texts = pa.array(["some text " * 2000] * 40).dictionary_encode()
+    path = write_parquet(tmp_path / "a.parquet", texts)
+    result = prepare(path, "--val_fraction=0.1", out_dir=tmp_path / "out")
+    assert read_summary(result)["documents"] == "40 (1 cut in two for val.bin)"
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_cuts_do_not_depend_on_batches_and_workers(num_workers, tmp_path, monkeypatch):
+    texts = [f"{i} " + "some text " * (20_000 if i % 10 == 0 else 100) for i in range(40)]
+    path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=7)
+    arguments = [path, "--val_fraction=0.1", f"--num_workers={num_workers}"]
+    expected = prepare(*arguments, out_dir=tmp_path / "expected")
+    assert read_summary(expected)["documents"] == "40 (4 cut in two for val.bin)"
+    monkeypatch.setattr("onenight.data.parquet.BATCH_ROWS", 1)
+    prepare(*arguments, out_dir=tmp_path / "found")
+    assert read_bins(tmp_path / "found") == read_bins(tmp_path / "expected")
+    val = read_documents(tmp_path / "found" / "val.bin")
+    train = read_documents(tmp_path / "found" / "train.bin")
+    assert sum(map(len, val + train)) == sum(map(len, texts))
+    assert len(val[0]) == pytest.approx(0.1 * sum(map(len, texts)), rel=0.1)
+
+
+def test_a_preparation_that_was_interrupted_after_a_cut_continues(tmp_path, monkeypatch):
+    texts = [f"{i} " + "some text " * (20_000 if i % 10 == 0 else 100) for i in range(40)]
+    rows = [text.encode() for text in texts]
+    rows[3] = rows[17] = b"caf\xe9"
+    path = write_parquet(tmp_path / "a.parquet", rows, row_group_size=2)
+    expected = tmp_path / "expected"
+    prepare(path, "--val_fraction=0.1", out_dir=expected)
+
+    count_odd_documents = script.count_odd_documents
+
+    def fail_at_row_30(state, *arguments):
+        if state["rows"] >= 30:
+            raise UserError("stopped")
+        count_odd_documents(state, *arguments)
+
+    arguments = [path, "--val_fraction=0.1", f"--out_dir={tmp_path / 'out'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "count_odd_documents", fail_at_row_30)
+        assert run_here(script, *arguments, checkpoint_s=0).stderr == "stopped\n"
+    assert "continuing at row 28" in run_here(script, *arguments).stdout
+    assert read_bins(tmp_path / "out") == read_bins(expected)
+    metas = [(folder / "meta.json").read_text() for folder in (expected, tmp_path / "out")]
+    assert metas[0] == metas[1]
+    assert json.loads(metas[0])["replaced_documents"] == 2
+
+
+# -----------------------------------------------------------------------------
+# Bytes that are not text in UTF-8
+
+
+GOOD = ["good text, in UTF-8: déjà vu"] * 300
+NOT_UTF8 = {
+    "Latin-1": ("Où est passée la forêt ?".encode("latin-1"), 7, "they look like: Latin-1 in 7; "),
+    "UTF-16": ("English in two bytes".encode("utf-16-le"), 1, "they look like: UTF-16LE in 1; "),
+    "gzip": (gzip.compress(b"text " * 50), 1, "they look like: gzip data in 1; convert them"),
+    "few": ("Où est passée la forêt ?".encode("latin-1"), 6, None),
+}
+
+
+@pytest.mark.parametrize("document, count, words", NOT_UTF8.values(), ids=NOT_UTF8)
+def test_documents_that_are_not_utf8_are_counted_and_named(document, count, words, tmp_path):
+    rows = [text.encode() for text in GOOD]
+    rows[-count:] = [document] * count
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    result = prepare(path, out_dir=tmp_path / "out")
+    replaced = 0 if b"\0E" in document or document.startswith(b"E\0") else count
+    assert read_summary(result)["documents_not_utf8"] == f"{replaced}"
+    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == (words is not None)
+    assert all(words in line for line in warnings)
+    # Documents behind a limit do not count.
+    result = prepare(path, f"--max_documents={300 - count}", out_dir=tmp_path / "limited")
+    assert read_summary(result)["documents_not_utf8"] == "0"
+    assert json.loads((tmp_path / "limited" / "meta.json").read_text())["likely_encodings"] == {}
+
+
+# -----------------------------------------------------------------------------
+# Files that are not parquet
+
+
+BOOK = "\n".join(f"Line {i} of a book that is long enough." for i in range(2000)) + "\n"
+LINES = "".join(json.dumps({"id": str(i), "content": text}) + "\n" for i, text in enumerate(TEXTS))
+JSON_TEXTS = [{"text": text} for text in TEXTS]
+
+
+def arrow_stream(texts):
+    """Return the bytes of a file as Hugging Face's datasets writes it."""
+    table = pa.table({"text": texts})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow_file(texts, write=pyarrow.feather.write_feather):
+    sink = pa.BufferOutputStream()
+    write(pa.table({"text": texts}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def csv_of(texts, delimiter):
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, delimiter=delimiter)
+    writer.writerows([["id", "text"], *enumerate(texts)])
+    return stream.getvalue().encode()
+
+
+PLAIN = [text for text in DOCUMENTS if "\x00" not in text][:500]
+FOREIGN = {
+    "a.txt": (BOOK.encode(), "is plain text, not parquet", [BOOK]),
+    "it's [a] b.txt": (BOOK.encode(), "is plain text, not parquet", [BOOK]),
+    "windows.txt": (
+        b"\xef\xbb\xbf" + BOOK.replace("\n", "\r\n").encode(),
+        "is plain text, not parquet",
+        [BOOK],
+    ),
+    "french.txt": (
+        ("Où est passée la forêt ?\n" * 800).encode("latin-1"),
+        "is plain text in Latin-1, not parquet",
+        ["Où est passée la forêt ?\n" * 800],
+    ),
+    "utf16.txt": (BOOK.encode("utf-16"), "is plain text in UTF-16, not parquet", [BOOK]),
+    "a.txt.gz": (gzip.compress(BOOK.encode()), "plain text, compressed with gzip, not", [BOOK]),
+    "a.bz2": (bz2.compress(BOOK.encode()), "plain text, compressed with bz2, not", [BOOK]),
+    "a.parquet": (BOOK.encode(), "is plain text, not parquet", [BOOK]),
+    "a.jsonl": (LINES.encode(), "is JSON lines, not parquet", TEXTS),
+    "a.jsonl.zst": (
+        pa.compress(LINES.encode(), "zstd", asbytes=True),
+        "is JSON lines, compressed with zstd, not parquet",
+        TEXTS,
+    ),
+    "objects.json": (json.dumps(JSON_TEXTS).encode(), "is a JSON array, not parquet", TEXTS),
+    "long.jsonl": (
+        (json.dumps({"text": BOOK * 2}) + "\n\n" + json.dumps({"text": BOOK})).encode(),
+        "is JSON lines, not parquet",
+        [BOOK * 2, BOOK],
+    ),
+    "object.json": (
+        json.dumps({"book": BOOK}, indent=1).encode(),
+        "is plain text",
+        [json.dumps({"book": BOOK}, indent=1)],
+    ),
+    "strings.json": (json.dumps(PLAIN, indent=1).encode(), "is a JSON array", PLAIN),
+    "a.csv": (csv_of(PLAIN, ","), "is a CSV file, not parquet", PLAIN),
+    "long.csv": (csv_of([BOOK * 30, "short"], ","), "is a CSV file", [BOOK * 30, "short"]),
+    "semicolons.csv": (
+        csv_of(["Où est la forêt ?"] * 500, ";").decode().encode("latin-1"),
+        "is a CSV file in Latin-1, not parquet",
+        ["Où est la forêt ?"] * 500,
+    ),
+    "a.dat": (csv_of(PLAIN, ","), "is a CSV file, not parquet", PLAIN),
+    "a.tsv.gz": (gzip.compress(csv_of(PLAIN, "\t")), "CSV file, compressed with gzip", PLAIN),
+    "a.feather": (arrow_file(TEXTS), "is a Feather file, not parquet", TEXTS),
+    "a.arrow": (arrow_stream(TEXTS), "is an Arrow stream, not parquet", TEXTS),
+    "a.orc": (arrow_file(TEXTS, pyarrow.orc.write_table), "is an ORC file, not parquet", TEXTS),
+}
+
+
+def run_recipe(result):
+    """Run the two lines of Python of an error message. Return the parquet file that they write."""
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    *_, imports, line = result.stderr.splitlines()
+    exec(f"{imports}\n{line}", {})
+    return Path(ast.literal_eval(line[line.rindex(", ") + 2 : -1]))
+
+
+def reference_texts(path):
+    return [text or None for text in parquet.read_table(path).column(-1).to_pylist()]
+
+
+@pytest.mark.parametrize("name, case", FOREIGN.items(), ids=FOREIGN)
+def test_a_file_that_is_not_parquet_becomes_one_with_two_lines(name, case, tmp_path):
+    content, words, texts = case
+    (tmp_path / name).write_bytes(content)
+    result = prepare(tmp_path / name, out_dir=tmp_path / "out")
+    assert f"{tmp_path / name}: " in result.stderr
+    assert words in result.stderr
+    path = run_recipe(result)
+    assert path.parent == tmp_path
+    assert (tmp_path / name).read_bytes() == content
+    assert reference_texts(path) == [text or None for text in texts]
+    assert prepare(path, out_dir=tmp_path / "out").returncode == 0
+
+
+def test_a_folder_of_save_to_disk_becomes_parquet_with_two_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    split = tmp_path / "mine [1]" / "train"
+    split.mkdir(parents=True)
+    (split.parent / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (split / "dataset_info.json").write_text("{}")
+    (split / "data-00000-of-00002.arrow").write_bytes(arrow_stream(TEXTS[:3000]))
+    (split / "data-00001-of-00002.arrow").write_bytes(arrow_stream(TEXTS[3000:]))
+    (split / "cache-1234.arrow").write_bytes(arrow_stream(["an older version"]))
+    result = prepare("mine [1]", out_dir=tmp_path / "out")
+    assert "no .parquet file in this folder; it is a Hugging Face dataset" in result.stderr
+    assert prepare(run_recipe(result), out_dir=tmp_path / "out").returncode == 0
+    assert read_bins(tmp_path / "out") == reference_bins(TEXTS)
+
+
+def test_a_folder_of_other_files_is_refused_with_a_recipe_for_the_first(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text(BOOK)
+    result = prepare(tmp_path / "mine", out_dir=tmp_path / "out")
+    assert f"in this folder; {tmp_path / 'mine' / 'a.txt'} is plain text" in result.stderr
+    run_recipe(result)
+    assert prepare(tmp_path / "mine", out_dir=tmp_path / "out").returncode == 0
+
+
+def test_the_recipes_of_the_documentation_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs" / "use_your_model.md").read_text().partition("## Your own text")[2]
+    recipes = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    Path("mine.txt").write_text("one\n\ntwo\n\nthree")
+    exec(recipes[0], {})
+    assert reference_texts("mine.parquet") == ["one", "two", "three"]
+    Path("mine.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    exec(recipes[1], {})
+    assert reference_texts("mine.parquet") == ["one", "two"]
 
 
 # -----------------------------------------------------------------------------
@@ -390,6 +695,16 @@ def test_a_bad_meta_json_is_refused_by_every_command(tmp_path):
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize("dtype", ["uint32", "int64"])
+def test_bins_of_wider_integers_are_refused_before_training(dtype, tmp_path):
+    for split in ("train", "val"):
+        np.arange(1, 1001).astype(dtype).tofile(tmp_path / f"{split}.bin")
+    result = train_here(tmp_path, tmp_path / "out")
+    words = f"train.bin: contains {dtype} ids, not uint16; convert it with: np.fromfile("
+    assert_one_sentence(result, words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bins_of_another_vocabulary_are_refused_before_training(tmp_path):
     for split in ("train", "val"):
         (np.arange(1000, dtype="<u2") % 65).tofile(tmp_path / f"{split}.bin")
@@ -407,7 +722,15 @@ def test_bins_of_another_vocabulary_are_refused_before_training(tmp_path):
 def bad_files(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "truncated.parquet").write_bytes(source.read_bytes()[:-1000])
-    (folder / "text.parquet").write_text("this is not a parquet file\n" * 10)
+    (folder / "web_page.parquet").write_text("\n<!DOCTYPE html>\n<html><body>404")
+    (folder / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha")
+    (folder / "archive.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    for mode, name in (("w", "archive.tar"), ("w:gz", "archive.tar.gz")):
+        with tarfile.open(folder / name, mode) as archive:
+            archive.add(folder / "pointer.parquet")
+    (folder / "russian.txt").write_bytes("Съешь же ещё этих мягких булок".encode("cp1251"))
+    (folder / "unfinished" / "_temporary").mkdir(parents=True)
+    (folder / "unfinished" / "_temporary" / "a.parquet").touch()
     (folder / "zero.parquet").touch()
     (folder / "empty_folder").mkdir()
     (folder / "broken_link").mkdir()
@@ -430,16 +753,22 @@ BAD_ARGUMENTS = [
     (["https://example.com/a.parquet"], "is not a local file; download it first: curl"),
     ([], "data/fineweb/train: no such file or folder in "),
     (["truncated.parquet"], "is not a complete parquet file"),
-    (["text.parquet"], "is not a complete parquet file"),
+    (["web_page.parquet"], "is a web page, not the file; download it again"),
+    (["pointer.parquet"], "is a Git LFS pointer, not the file; get it with: git lfs pull"),
+    (["archive.zip"], "is zip data; unpack it first"),
+    (["archive.tar"], "is a tar archive; unpack it first"),
+    (["archive.tar.gz"], "is gzip data; unpack it first"),
+    (["russian.txt"], "is text in an unknown encoding; convert it to UTF-8 first"),
+    (["unfinished"], "no .parquet file in this folder"),
     (["zero.parquet"], "is not a complete parquet file"),
     (["content.parquet"], "needs one column 'text', but has content, id; choose another with"),
     (["numbers.parquet"], "column 'text' holds int64, not text"),
     (["garbage.parquet"], "is damaged"),
     (["numbers.parquet", "--val_fraction=1"], "must be more than 0 and less than 1, not 1.0"),
     (["numbers.parquet", "--val_fractoin=0.1"], "did you mean val_fraction?"),
-    (["content.parquet", "--text_column=id", "--out_dir=zero.parquet"], "cannot be written to"),
+    (["content.parquet", "--text_column=id", "--out_dir=zero.parquet"], "out_dir takes a folder"),
     (["--verify", "--out_dir=empty_folder"], "has no train.bin"),
-    (["one.parquet"], "train.bin would be empty: the 2 rows contain 1 documents with text; "),
+    (["one.parquet"], "contain 1 documents with text; add more; a single document must have more"),
     (["none.parquet"], "train.bin and val.bin would be empty: the 0 rows contain 0 documents"),
 ]
 

@@ -21,7 +21,7 @@ from onenight.models.hf_model import to_transformers
 from onenight.models.hf_tokenizer import make_tokenizer
 from onenight.models.huggingface import write_folder
 from onenight.models.sample_printer import SEPARATOR
-from sample import SampleConfig, encode_prompt, write_samples
+from sample import SampleConfig, encode_prompt, unescape, write_samples
 
 SHAPE = {
     "n_layer": 2,
@@ -152,6 +152,30 @@ def test_end_of_text_ends_a_sample(tmp_path):
     assert result.stderr.splitlines()[-1].startswith("2 tokens in ")
 
 
+@pytest.mark.parametrize("flags", [(), ("--num_samples=3",), ("--interactive",)])
+def test_a_sample_ends_before_the_stop_text(flags, tmp_path):
+    save(tmp_path, always_predict(get_encoding().encode(" the")))
+    whole = sample(tmp_path, "--start=Once", *flags, stdin="Once\n").stdout
+    assert " the the" in whole
+    cut = sample(tmp_path, "--start=Once", "--stop_at= the the", *flags, stdin="Once\n").stdout
+    assert cut.count("Once" + SEPARATOR) == cut.count(SEPARATOR) == whole.count(SEPARATOR)
+
+
+def test_line_breaks_in_the_stop_text_are_written_as_in_a_shell(tmp_path):
+    save(tmp_path, always_predict(get_encoding().encode("\n")))
+    result = sample(tmp_path, "--start=Once", r"--stop_at=\n\n")
+    assert result.stdout == "Once" + SEPARATOR
+    assert re.search("^2 tokens in ", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "given, text",
+    [(r"\n\n", "\n\n"), ("\n", "\n"), (r"a\tb", "a\tb"), (r"C:\\new", r"C:\new"), (r"\d", r"\d")],
+)
+def test_escapes_in_the_stop_text(given, text):
+    assert unescape(given) == text
+
+
 def test_without_stop_text_continues_after_end_of_text(tmp_path):
     save(tmp_path, always_predict(EOT))
     result = sample(tmp_path, "--start=The end.", "--stop=false", "--max_new_tokens=3")
@@ -207,6 +231,13 @@ def test_a_prompt_in_utf_16_is_refused(tmp_path):
     (tmp_path / "prompt.txt").write_text("So", encoding="utf-16")
     result = sample(tmp_path, f"--start=FILE:{tmp_path / 'prompt.txt'}")
     assert_one_sentence(result, "UTF-16; save it as UTF-8")
+
+
+def test_the_name_of_a_file_as_prompt_is_refused_with_the_flag_to_write(tmp_path):
+    save(tmp_path)
+    (tmp_path / "prompts.txt").write_text("Once upon a time")
+    result = sample(tmp_path, f"--start={tmp_path}/prompts.txt")
+    assert_one_sentence(result, f"is a file; write --start=FILE:{tmp_path}/prompts.txt")
 
 
 def test_a_prompt_file_that_does_not_exist_is_refused(tmp_path):

@@ -518,4 +518,4 @@ def test_bad_input_is_refused_with_one_sentence_and_no_files(damage, changes, wo
 
 def test_an_out_dir_that_cannot_be_created_is_one_sentence(bins, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_one_sentence(train_here(bins, tmp_path / "file"), "cannot be written")
+    assert_one_sentence(train_here(bins, tmp_path / "file" / "out"), "cannot be written")

@@ -3,13 +3,27 @@
 import json
 import re
 import shutil
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-from helpers import ROOT, assert_one_sentence, load, metrics, run, train_here
+import train as train_script
+from helpers import (
+    ROOT,
+    TINY,
+    assert_one_sentence,
+    load,
+    losses,
+    metrics,
+    run,
+    train_by_clock,
+    train_here,
+)
+from onenight.training.settings import TrainConfig
 
 GPT2_SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "bias": True}
 # GELU and its approximation by tanh, which transformers' GPT-2 has, differ by 0.0005 at most.
@@ -102,6 +116,87 @@ def test_the_shipped_config_for_finetuning_works(gpt2, bins, tmp_path):
     assert result.returncode == 0, result.stderr
     assert {record["lr"] for record in metrics(out_dir)} == {3e-5}
     assert (out_dir / "ckpt.pt").exists()
+
+
+# ---- --init_from=auto
+
+
+def test_auto_begins_then_resumes_then_reports_the_end(bins, tmp_path):
+    first = train_here(bins, tmp_path, init_from="auto", max_iters=20)
+    assert first.returncode == 0, first.stderr
+    line = f"init_from=auto: starting from scratch, because {tmp_path} has no checkpoint\n"
+    assert first.stdout.count(line) == 1
+
+    second = train_here(bins, tmp_path, init_from="auto")
+    assert second.returncode == 0, second.stderr
+    line = f"init_from=auto: resuming, because {tmp_path} has a checkpoint\n"
+    assert second.stdout.count(line) == 1
+    assert "resuming at iter 20" in second.stdout
+    assert load(tmp_path)["config"]["init_from"] == "resume"
+
+    third = train_here(bins, tmp_path, init_from="auto")
+    assert third.returncode == 0, third.stderr
+    assert "this run is finished (iter 45)" in third.stdout
+
+
+def test_auto_trains_as_a_run_without_it_does(finished_run, bins, tmp_path):
+    assert train_here(bins, tmp_path, init_from="auto").returncode == 0
+    assert losses(tmp_path) == losses(finished_run)
+
+
+def test_auto_resumes_from_the_previous_checkpoint_if_only_that_is_left(
+    finished_run, bins, tmp_path
+):
+    shutil.copy(finished_run / "ckpt-previous.pt", tmp_path)
+    result = train_here(bins, tmp_path, init_from="auto")
+    assert result.returncode == 0, result.stderr
+    assert "init_from=auto: resuming" in result.stdout
+
+
+def test_auto_never_overwrites_a_damaged_checkpoint(bins, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"a night's work")
+    assert_one_sentence(train_here(bins, tmp_path, init_from="auto"), "ckpt.pt")
+    assert (tmp_path / "ckpt.pt").read_bytes() == b"a night's work"
+
+
+def test_auto_begins_with_the_weights_that_the_config_file_names(gpt2, bins, tmp_path):
+    config = tmp_path / "config.py"
+    settings = {**TINY, **GPT2_SHAPE, "init_from": str(gpt2[0]), "max_iters": 1}
+    config.write_text("\n".join(f"{key} = {value!r}" for key, value in settings.items()))
+    out_dir = tmp_path / "out"
+    arguments = [config, f"--dataset={bins}", f"--out_dir={out_dir}", "--init_from=auto"]
+    first = train_by_clock(time.monotonic, *arguments)
+    assert first.returncode == 0, first.stderr
+    assert f"init_from=auto: starting from {gpt2[0]}, because" in first.stdout
+    assert load(out_dir)["model_args"]["vocab_size"] == 300
+    second = train_by_clock(time.monotonic, *arguments, "--max_iters=2")
+    assert second.returncode == 0, second.stderr
+    assert "resuming at iter 1," in second.stdout
+
+
+def test_auto_with_plan_and_with_eval_only_says_which_and_writes_nothing(
+    finished_run, bins, tmp_path
+):
+    before = {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()}
+    for changes in ({"plan": True}, {"eval_only": True}):
+        resumed = train_here(bins, finished_run, init_from="auto", **changes)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "init_from=auto: resuming" in resumed.stdout
+        new = train_here(bins, tmp_path / "none", init_from="auto", **changes)
+        assert new.returncode == 0, new.stderr
+        assert "init_from=auto: starting from scratch" in new.stdout
+    assert {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()} == before
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("first_has_one, expected", [(True, "resume"), (False, "scratch")])
+def test_with_auto_the_first_process_decides_for_all(tmp_path, first_has_one, expected):
+    """Another machine may not see its folder."""
+    if not first_has_one:
+        (tmp_path / "ckpt.pt").touch()
+    second = SimpleNamespace(is_first=False, any=lambda flag: flag or first_has_one)
+    config = TrainConfig(init_from="auto", out_dir=str(tmp_path))
+    assert train_script.choose_start(config, [], second).init_from == expected
 
 
 # ---- --eval_only

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._inductor.exc import CppCompileError, InductorError
 
-from helpers import train_here
+from helpers import load, train_here
 from onenight.system.distributed import TORCHRUN_VARIABLES
 
 
@@ -22,6 +23,24 @@ def test_a_run_for_which_torch_compile_does_not_work_is_not_compiled(bins, tmp_p
     device_line = result.stdout.splitlines()[0]
     assert device_line.startswith("device: cpu")
     assert "compiled" not in device_line
+
+
+def test_a_run_whose_model_cannot_be_compiled_continues_without_torch_compile(
+    bins, tmp_path, monkeypatch
+):
+    """The small function of the trial can be compiled, and the model cannot."""
+
+    def fail(*arguments):
+        output = "/tmp/a.cpp:1: fatal error: error writing to /tmp/a.s: No space left on device"
+        raise InductorError(CppCompileError(["g++"], output), None)
+
+    monkeypatch.setattr("onenight.training.settings.compile_works", lambda device: True)
+    monkeypatch.setattr("onenight.training.trainer.compile_model", lambda model: fail)
+    result = train_here(bins, tmp_path, compile=True, max_iters=3)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("torch.compile: disabled (/tmp/a.cpp:1: fatal error: ") == 1
+    assert "No space left on device). To enable it: set TMPDIR" in result.stdout
+    assert load(tmp_path)["iter_num"] == 3
 
 
 def test_a_plan_for_another_card_does_not_try_torch_compile_here(bins, monkeypatch):

@@ -2,9 +2,10 @@
 
     python tests/torture/train.py --kills=30 --iters=3000 --seed=1
 
-It is ended by kill -9 or by closing its terminal (SIGHUP); now and then a second run is started in
-the same folder, which must be refused. In the end, weights, optimizer and metrics must be bit for
-bit those of an undisturbed run. The memory and the open files of the undisturbed run are printed.
+It is ended by kill -9 or by one of the signals after which it saves; now and then a second run is
+started in the same folder, which must be refused. In the end, weights, optimizer and metrics must
+be bit for bit those of an undisturbed run. The memory and the open files of the undisturbed run are
+printed.
 Fails with a traceback if anything differs.
 """
 
@@ -39,7 +40,16 @@ SETTINGS = {
     "compile": False,
 }
 SECOND_START = 0.3  # the probability of a second run in the same folder
-HANGUP = 0.3  # the probability that a run is ended by SIGHUP and not by SIGKILL
+REQUEST = 0.5  # the probability that a run is ended by one of these and not by SIGKILL
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 
 def main():
@@ -63,13 +73,13 @@ def torture(folder: Path, kills: int, iters: int, rng: random.Random):
     out_dir = folder / "killed"
     starts = 0
     killed = 0
-    hung_up = 0
+    stopped = []  # the signals after which it saved
     refused = 0
     while True:
         process = start(folder, out_dir, iters)
         starts += 1
-        wait_for(process, ("step", "this run is finished"))
-        if killed == kills:
+        line = wait_for(process, ("step", "this run is finished"))
+        if killed == kills or line.startswith("this run is finished"):
             process.communicate()
             break
         if rng.random() < SECOND_START:
@@ -80,11 +90,14 @@ def torture(folder: Path, kills: int, iters: int, rng: random.Random):
             break
         except subprocess.TimeoutExpired:
             killed += 1
-        if rng.random() < HANGUP:
-            hung_up += 1
-            process.send_signal(signal.SIGHUP)
-            process.communicate()
-            assert process.returncode == 0, "it did not save when its terminal was closed"
+        if rng.random() < REQUEST:
+            number = rng.choice(STOP_SIGNALS)
+            stopped.append(number.name)
+            process.send_signal(number)
+            output, _ = process.communicate()
+            has_finished = process.returncode == 0 and "\ndone\n" in output
+            has_saved = process.returncode == 128 + number and "stopped at iter" in output
+            assert has_finished or has_saved, f"it did not save after {number.name}: {output}"
         else:
             process.kill()
             process.communicate()
@@ -92,7 +105,8 @@ def torture(folder: Path, kills: int, iters: int, rng: random.Random):
     compare(folder / "undisturbed", out_dir)
     assert not list(out_dir.glob("*.partial")), "temporary files are left"
     print(
-        f"ended {killed} times, {hung_up} of them by SIGHUP, in {starts} starts; "
+        f"ended {killed} times, {len(stopped)} of them by signals after which it saves "
+        f"({', '.join(sorted(set(stopped)))}), in {starts} starts; "
         f"{refused} second starts were refused"
     )
     print("weights, optimizer and metrics are those of the undisturbed run")
@@ -123,16 +137,23 @@ def start(folder: Path, out_dir: Path, iters: int) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=heed_signals,
     )
 
 
-def wait_for(process: subprocess.Popen, beginnings: tuple[str, ...]):
-    """Read the output of a process up to a line with one of these beginnings."""
+def heed_signals():
+    """In a new process, stop ignoring the signals that nohup or a background job ignores."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def wait_for(process: subprocess.Popen, beginnings: tuple[str, ...]) -> str:
+    """Read the output of a process up to a line with one of these beginnings. Return that line."""
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith(beginnings):
-            return
+            return line
     raise AssertionError(f"it did not start: {''.join(lines)}")
 
 

@@ -61,6 +61,19 @@ def test_what_was_written_after_the_last_checkpoint_is_written_again(tmp_path):
     assert np.fromfile(tmp_path / "train.bin", "<u2").tolist() == [1, 2, 3, 50256, 9, 50256]
 
 
+def test_work_of_an_older_version_with_fewer_counters_is_continued(tmp_path):
+    writer = BinsWriter(tmp_path, JOB, {}, overwrite=False)
+    writer.state["rows"] = 2
+    writer.checkpoint()
+    writer.close()
+    counters = {"empty_documents": 0, "likely_encodings": {}}
+    writer = BinsWriter(tmp_path, JOB, counters, overwrite=False)
+    assert (writer.state["rows"], writer.state["empty_documents"]) == (2, 0)
+    writer.state["likely_encodings"]["Latin-1"] = 1
+    writer.close()
+    assert counters == {"empty_documents": 0, "likely_encodings": {}}
+
+
 def test_unfinished_work_of_another_job_is_refused_or_overwritten(tmp_path):
     writer = BinsWriter(tmp_path, JOB, COUNTERS, overwrite=False)
     writer.write("train", ids(1, 2, 3))

@@ -118,6 +118,12 @@ def test_sizes_that_are_not_whole_numbers_are_refused(tmp_path):
     assert_refused("no whole number for n_head, vocab_size", load_checkpoint, path)
 
 
+def test_without_an_earlier_checkpoint_resuming_is_not_proposed(tmp_path):
+    checkpoint = {"model": WEIGHTS, "model_args": GPT2}
+    words = f"ckpt.pt: cannot be written .*; there is no checkpoint in {tmp_path / 'out'} to resume"
+    assert_refused(words, save_checkpoint, tmp_path / "out" / "ckpt.pt", checkpoint)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     checkpoint = {"model": WEIGHTS, "model_args": GPT2}
     save_checkpoint(tmp_path / "ckpt.pt", checkpoint)

@@ -10,9 +10,8 @@ import pytest
 from configurator import UserError
 from onenight.system.console import Output, StopSignal, run_script, set_up_output
 
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 @pytest.fixture
@@ -72,18 +71,30 @@ def test_a_signal_requests_a_stop_and_a_second_ctrl_c_interrupts(number, capfd):
     assert not stop.requested
     signal.raise_signal(number)
     assert stop.requested
+    assert stop.exit_status == 128 + number
     assert "saving and stopping; press Ctrl-C again to stop at once" in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 @pytest.mark.usefixtures("signal_handlers")
-def test_a_hangup_that_is_ignored_stays_ignored():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    signal.signal(number, signal.SIG_IGN)
     stop = StopSignal()
-    signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(number)
     assert not stop.requested
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXCPU"), reason="Windows has no SIGXCPU")
+@pytest.mark.usefixtures("signal_handlers")
+def test_the_exit_status_is_that_of_the_first_signal_and_only_the_first_is_reported(capfd):
+    stop = StopSignal()
+    signal.raise_signal(signal.SIGXCPU)
+    for number in (signal.SIGXCPU, signal.SIGTERM):
+        signal.raise_signal(number)
+    assert stop.exit_status == 128 + signal.SIGXCPU
+    assert capfd.readouterr().err.count("saving and stopping") == 1
 
 
 def test_a_user_error_is_one_sentence_on_stderr_and_exit_status_1(monkeypatch):

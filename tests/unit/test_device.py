@@ -6,13 +6,18 @@ import sys
 
 import pytest
 import torch
+from torch._inductor.exc import CppCompileError, InductorError
 
 from configurator import UserError
 from helpers import PROGRAMS, ROOT
 from onenight.system.device import (
     autocast,
+    choose_compile_caches,
     choose_device,
     choose_dtype,
+    compile_works,
+    describe_compile_failure,
+    is_compile_failure,
     measure_tflops,
     set_up_device,
 )
@@ -38,9 +43,9 @@ def bfloat16(monkeypatch):
 def test_auto_is_the_gpu_if_there_is_one(monkeypatch, has_cuda, has_mps, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
-    empty = torch.empty
+    ones = torch.ones
     chosen = []
-    monkeypatch.setattr(torch, "empty", lambda size, device: chosen.append(device) or empty(size))
+    monkeypatch.setattr(torch, "ones", lambda size, device: chosen.append(device) or ones(size))
     choose_device("auto")
     assert chosen == [name]
 
@@ -50,6 +55,12 @@ def test_a_device_that_is_not_there_is_refused():
         choose_device("cuda:99")
     with pytest.raises(UserError, match="device=gpu is not available here"):
         choose_device("gpu")
+
+
+@pytest.mark.parametrize("device", ["meta", "lazy", "hpu", "xla"])
+def test_a_device_that_holds_no_numbers_is_refused(device):
+    with pytest.raises(UserError, match=f"device={device} is not available here .*; try --device="):
+        choose_device(device)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +123,70 @@ def test_without_a_compiler_torch_compile_is_disabled_with_the_remedy(tmp_path):
     assert message.startswith("torch.compile: disabled (")
     assert "). To enable it: " in message
     assert answer == "False"
+
+
+# What CppCompileError has in it, and the line and the remedy that are shown for it.
+COMPILERS_OUTPUT = {
+    "full": (
+        "In file included from /tmp/t/a.h:1:\n"
+        "/tmp/t/a.cpp:9:1: fatal error: error writing to /tmp/cc.s: No space left on device\n"
+        "compilation terminated.",
+        "/tmp/t/a.cpp:9:1: fatal error: error writing to /tmp/cc.s: No space left on device",
+        "set TMPDIR to a folder with free space",
+    ),
+    "full for the linker": (
+        "/usr/bin/ld: final link failed: No space left on device\ncollect2: error: ld returned 1",
+        "/usr/bin/ld: final link failed: No space left on device",
+        "set TMPDIR to a folder with free space",
+    ),
+    "no headers": (
+        "/tmp/t/a.cpp:2:10: fatal error: Python.h: No such file or directory",
+        "/tmp/t/a.cpp:2:10: fatal error: Python.h: No such file or directory",
+        "install a C++ compiler and Python's headers",
+    ),
+    "in another language": ("g++: nichts da", "g++: nichts da", "install a C++ compiler"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="another remedy")
+@pytest.mark.parametrize("output, line, remedy", COMPILERS_OUTPUT.values(), ids=COMPILERS_OUTPUT)
+def test_the_compilers_own_line_is_shown_with_a_remedy_that_fits(output, line, remedy):
+    error = InductorError(CppCompileError(["g++", "-Werror"], output), None)
+    assert is_compile_failure(error)
+    message = describe_compile_failure(error)
+    assert message.startswith(f"torch.compile: disabled ({line}). To enable it: {remedy}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="another remedy")
+def test_a_temporary_folder_in_which_nothing_may_be_executed_is_named(monkeypatch, capsys):
+    reason = "/tmp/t/a.so: failed to map segment from shared object"
+
+    def fail(function):
+        raise InductorError(ImportError(reason), None)
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert not compile_works(CPU)
+    assert capsys.readouterr().out == (
+        f"torch.compile: disabled (ImportError: {reason}). To enable it: "
+        "set TMPDIR to a folder with free space from which programs can be executed\n"
+    )
+
+
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_a_cache_folder_of_torch_compile_that_cannot_be_created_is_replaced(
+    variable, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "cache"))
+    choose_compile_caches()
+    assert os.path.isdir(os.environ[variable])
+    assert f"cannot be written to (Not a directory): using {variable}=" in capsys.readouterr().out
+
+
+def test_other_errors_are_no_failures_to_compile():
+    out_of_memory = InductorError(torch.OutOfMemoryError("CUDA out of memory."), None)
+    for error in (OSError("train.bin"), RuntimeError("illegal memory access"), out_of_memory):
+        assert not is_compile_failure(error)
 
 
 def test_compiling_is_tried_only_if_it_was_asked_for(monkeypatch):

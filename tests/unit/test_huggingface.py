@@ -1,7 +1,11 @@
 """onenight/models/huggingface.py and hf_model.py, compared with transformers in both directions."""
 
 import json
+import re
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +26,7 @@ from helpers import logits_of_every_position
 from onenight.models.checkpoint import build_model
 from onenight.models.hf_model import to_transformers
 from onenight.models.hf_tokenizer import make_tokenizer
-from onenight.models.huggingface import read_folder, write_folder
+from onenight.models.huggingface import read_folder, resolve_checkpoint, write_folder
 from random_models import IDS, SHAPE, random_checkpoint
 
 
@@ -255,6 +259,53 @@ def test_a_tensor_that_does_not_fit_is_named(name, tensor, words, folder, tmp_pa
         weights[name] = tensor
     save_file(weights, tmp_path / "model.safetensors")
     assert_refused(tmp_path, f"its weights do not match its shape .{words}")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_one_file_of_a_folder_is_refused_with_the_folder_to_write(name, folder):
+    with pytest.raises(UserError, match=f"{name}: is one file .*; write --init_from={folder}$"):
+        resolve_checkpoint(str(folder / name), Path("unused"))
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match="model.gguf: is neither a checkpoint, whose name ends in"):
+        resolve_checkpoint(str(tmp_path / "model.gguf"), Path("unused"))
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "ckpt-previous.pt", "best.pt"])
+def test_the_folder_of_a_run_is_refused_with_the_checkpoint_to_write(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"the folder of a run; write --init_from=.*/{name}$"):
+        resolve_checkpoint(str(tmp_path), Path("unused"))
+
+
+def test_a_hugging_face_folder_as_out_dir_is_refused_with_the_flag_to_write(folder):
+    with pytest.raises(UserError, match=f"is a Hugging Face folder; write --init_from={folder}$"):
+        resolve_checkpoint("resume", folder)
+
+
+def test_weights_in_the_old_format_are_refused_with_a_command_that_converts_them(folder, tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copy(folder / "config.json", old)
+    torch.save(load_file(folder / "model.safetensors"), old / "pytorch_model.bin")
+    with pytest.raises(UserError, match="its weights are in pytorch_model.bin") as refusal:
+        resolve_checkpoint(str(old), Path("unused"))
+    message = str(refusal.value)
+    command = re.search('python -c "(.*)", then write --init_from=(.*)$', message)
+    exec(command[1], {})
+    converted = resolve_checkpoint(command[2], Path("unused"))
+    original = read_folder(str(folder))
+    assert converted["model_args"] == original["model_args"]
+    for name, value in original["model"].items():
+        assert torch.equal(converted["model"][name], value), name
+
+
+def test_without_docstrings_hugging_face_folders_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=2))
+    with pytest.raises(UserError, match="run this without python -OO and PYTHONOPTIMIZE=2"):
+        read_folder(str(folder))
 
 
 @pytest.mark.parametrize("file", ["vocab.json", "tokenizer.json"])

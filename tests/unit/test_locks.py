@@ -61,3 +61,23 @@ def test_a_disk_without_locks_is_used_with_a_warning(error, reason, tmp_path, mo
         f"{tmp_path}: cannot be locked ({reason}); do not start a second run there\n"
     )
     assert read_files(tmp_path) == {"result": b"done"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no flock")
+def test_on_a_disk_without_flock_the_file_of_a_killed_run_does_not_block(
+    tmp_path, monkeypatch, capsys
+):
+    """filelock would read the name of another host in it, and wait for that host's process."""
+    import fcntl
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    (tmp_path / "lock").write_text("1234\nanother-host\n")
+    with lock_folder(tmp_path):
+        pass
+    assert capsys.readouterr().out == (
+        f"{tmp_path}: cannot be locked ({os.strerror(errno.ENOSYS)}); "
+        "do not start a second run there\n"
+    )

@@ -82,11 +82,23 @@ def test_errors_never_end_the_run_and_are_reported_once_for_each_output(tmp_path
     assert lines[1] == "wandb: cannot be written (division by zero); the run goes on without it"
 
 
-def test_a_picture_that_cannot_be_drawn_is_reported(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("onenight.training.metrics.draw_losses", lambda *arguments: 1 / 0)
-    Metrics(tmp_path).draw()
-    line = "loss.png or samples.txt: cannot be written (division by zero)"
-    assert capsys.readouterr().out.startswith(line)
+@pytest.mark.parametrize(
+    "function, failed, written",
+    [
+        ("draw_losses", "loss.png", "samples.txt"),
+        ("write_samples", "samples.txt", "loss.png"),
+    ],
+)
+def test_an_output_that_fails_is_reported_and_the_other_one_is_written(
+    function, failed, written, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(f"onenight.training.metrics.{function}", lambda *arguments: 1 / 0)
+    metrics = Metrics(tmp_path)
+    metrics.write({**EVALUATION, "sample": "text"})
+    metrics.draw()
+    assert capsys.readouterr().out.startswith(f"{failed}: cannot be written (division by zero)")
+    assert (tmp_path / written).exists()
+    assert not (tmp_path / failed).exists()
 
 
 def test_samples_are_written_one_to_a_line(tmp_path):

@@ -63,6 +63,30 @@ def test_folders_as_downloads_leave_them(tmp_path):
     assert find(tmp_path, ".hidden") == [".hidden/c.parquet"]
 
 
+def test_unfinished_and_internal_files_are_left_out_of_a_folder(tmp_path):
+    names = ["_temporary/0/part.parquet", "_a.parquet", ".b.parquet", "x/_started/c.parquet"]
+    for name in [*names, "x/part.parquet"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    assert find(tmp_path, "") == ["x/part.parquet"]
+    for name in names:  # used if they are named
+        assert find(tmp_path, name) == [name]
+    assert find(tmp_path, "_temporary") == ["_temporary/0/part.parquet"]
+
+
+def test_each_file_is_taken_once_however_many_links_lead_to_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.parquet").touch()
+    (tmp_path / "a" / "two.parquet").symlink_to("one.parquet")
+    (tmp_path / "a" / "up").symlink_to("..")
+    (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "b").symlink_to("a")
+    # As in the cache of Hugging Face's hub: the file itself has another name.
+    (tmp_path / "0_blob").touch()
+    (tmp_path / "c.parquet").symlink_to("0_blob")
+    assert find(tmp_path, "") == ["a/one.parquet", "c.parquet"]
+
+
 def test_the_default_folder_is_used_without_names(tmp_path):
     (tmp_path / "a.parquet").touch()
     assert find_parquets([], tmp_path) == [tmp_path / "a.parquet"]
@@ -169,7 +193,7 @@ def test_another_column_can_be_read_as_the_text(tmp_path):
 
 def test_a_file_that_is_incomplete_or_not_parquet_is_refused(tmp_path):
     whole = write_parquet(tmp_path / "whole.parquet", ["some text"] * 300).read_bytes()
-    contents = {"cut": whole[:-100], "text": b"this is not parquet\n" * 10, "empty": b""}
+    contents = {"cut": whole[:-100], "binary": bytes(range(256)) * 10, "empty": b""}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"{name}: is not a complete parquet file \(.*\); do"):
@@ -194,6 +218,39 @@ def test_copies_are_skipped(tmp_path, capsys):
         f"{copy}: skipped, because it has the same content as {first}\n"
         f"{first}: skipped, because it has the same content as {first}\n"
     )
+
+
+def write_table(path, texts, **options):
+    parquet.write_table(pa.table({"text": texts}), path, **options)
+    return path
+
+
+def test_the_same_texts_in_another_file_are_skipped(tmp_path, capsys):
+    texts = [f"text {i}" for i in range(1000)]
+    paths = [
+        write_table(tmp_path / "a.parquet", texts, compression="snappy"),
+        write_table(tmp_path / "b.parquet", [*texts[:-1], "another last text"]),
+        write_table(tmp_path / "c.parquet", [texts[1], texts[0], *texts[2:]]),
+        write_table(tmp_path / "d.parquet", texts[:-1]),
+        write_table(tmp_path / "e.parquet", texts, compression="zstd", row_group_size=300),
+        write_table(tmp_path / "f.parquet", pa.array(texts).dictionary_encode()),
+    ]
+    sources = [open_source(path, "text") for path in paths]
+    assert [source.path for source in without_copies(sources)] == paths[:4]
+    first = "skipped, because it has the same texts as"
+    assert capsys.readouterr().out == (
+        f"{paths[4]}: {first} {paths[0]}\n{paths[5]}: {first} {paths[0]}\n"
+    )
+
+
+def test_a_file_with_other_rows_or_another_first_text_is_not_read_to_compare_it(
+    tmp_path, monkeypatch
+):
+    texts = [["a", "b"], ["a", "b", "c"], ["c", "b"], [None, "b"]]
+    paths = [write_table(tmp_path / f"{i}.parquet", rows) for i, rows in enumerate(texts)]
+    sources = [open_source(path, "text") for path in paths]
+    monkeypatch.setattr("onenight.data.parquet.read_batches", None)
+    assert without_copies(sources) == sources
 
 
 # -----------------------------------------------------------------------------

@@ -211,6 +211,16 @@ def test_a_plan_that_does_not_fit_names_a_batch_size_that_does():
     assert "another recipe" not in first + second
 
 
+def test_a_plan_for_a_cpu_keeps_within_the_limit_of_the_container(bins, monkeypatch):
+    monkeypatch.setattr("onenight.training.plan.available_memory", lambda: 2e9)
+    monkeypatch.setattr("onenight.training.plan.container_memory", lambda: 2e9)
+    printed = plan(*flags_of(bins, "unused", {}))
+    assert "fits: yes, in 2.0 GB free on this container\n" in printed
+    monkeypatch.setattr("onenight.training.plan.container_memory", lambda: 3e9)
+    printed = plan(*flags_of(bins, "unused", {"n_embd": 1024, "n_layer": 24}))
+    assert "fits: no, not even with batch_size=1: this machine has 2.0 GB free; use" in printed
+
+
 def test_a_plan_that_cannot_fit_says_so():
     printed = plan("config/train_fineweb_4070.py", "--plan_vram_gb=2", "--plan_tflops=49")
     assert "fits: no, not even with batch_size=1: a card of 2 GB has 1.3 GB free" in printed

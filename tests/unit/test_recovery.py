@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch._inductor.exc import CppCompileError, InductorError
 
 from configurator import UserError
 from helpers import SmallMemory, make_trainer, step
@@ -90,6 +91,24 @@ def test_out_of_memory_with_a_single_window_is_one_sentence(bins):
     with pytest.raises(UserError, match="out of memory with a micro-batch of one window; use a"):
         step(trainer)
     assert trainer.compiled_model.calls == [8, 4, 2, 1]
+
+
+def test_a_model_that_cannot_be_compiled_is_trained_without_torch_compile(bins, capsys):
+    undisturbed = make_trainer(bins)
+    trainer = make_trainer(bins)
+    calls = []
+
+    def fail(x, y):
+        calls.append(len(x))
+        raise InductorError(CppCompileError(["g++"], "g++: fatal error: no room"), None)
+
+    trainer.compiled_model = fail
+    for _ in range(2):
+        assert step(trainer) == step(undisturbed)
+    assert calls == [8]
+    printed = capsys.readouterr().out
+    assert printed.startswith("torch.compile: disabled (g++: fatal error: no room). To enable it:")
+    assert printed.count("\n") == 1
 
 
 def test_other_errors_are_raised(bins):

@@ -6,12 +6,29 @@ from types import SimpleNamespace
 import pytest
 
 from onenight.data import report
-from onenight.data.report import Progress, epochs_of_configs, summarize, token_count_verdict
+from onenight.data.report import (
+    Progress,
+    epochs_of_configs,
+    find_oddities,
+    summarize,
+    token_count_verdict,
+)
+
+COUNTED = {
+    "token_counts_compared": 1000,
+    "token_counts_differing": 0,
+    "cut_documents": 0,
+    "replaced_documents": 0,
+    "nul_documents": 0,
+    "likely_encodings": {},
+}
 
 
-def writer_of(tokens, rows=0, **state):
+def writer_of(tokens, rows=0, documents=4, **state):
     """Return a stand-in for a BinsWriter."""
-    return SimpleNamespace(tokens=tokens, documents=4, state={"rows": rows, **state})
+    job = {"settings": {"val_fraction": 0.1}}
+    state = {"rows": rows, **COUNTED, **state}
+    return SimpleNamespace(tokens=tokens, documents=documents, job=job, state=state)
 
 
 def test_progress_is_measured_since_it_began(monkeypatch, capsys):
@@ -31,9 +48,6 @@ def test_progress_without_any_does_not_divide_by_zero(capsys):
     assert "0.0% done" in capsys.readouterr().out
 
 
-COUNTED = {"token_counts_compared": 1000, "token_counts_differing": 0}
-
-
 def test_the_summary_counts_documents_and_tokens():
     writer = writer_of(
         tokens=18,
@@ -41,7 +55,6 @@ def test_the_summary_counts_documents_and_tokens():
         text_bytes=56,
         train={"tokens": 15},
         val={"tokens": 3},
-        **COUNTED,
     )
     summary = summarize(writer, Counter({2: 2, 3: 1, 7: 1}), new_tokens=9, seconds=2.0)
     peak_memory = summary.pop("peak_memory_mb")
@@ -49,6 +62,7 @@ def test_the_summary_counts_documents_and_tokens():
     assert summary == {
         "documents": "4",
         "empty_documents_skipped": "1",
+        "documents_not_utf8": "0",
         "tokens": "18 (including one end-of-text per document)",
         "train_tokens": "15",
         "val_tokens": "3",
@@ -58,6 +72,46 @@ def test_the_summary_counts_documents_and_tokens():
         "seconds": "2.0",
         "tokens_per_s": "4",
     }
+
+
+def test_the_summary_counts_a_document_that_was_cut_once():
+    writer = writer_of(
+        tokens=18,
+        cut_documents=1,
+        empty_documents=1,
+        text_bytes=56,
+        train={"tokens": 15},
+        val={"tokens": 3},
+    )
+    summary = summarize(writer, Counter({2: 4}), new_tokens=9, seconds=2.0)
+    assert summary["documents"] == "3 (1 cut in two for val.bin)"
+
+
+ODD = {
+    "nothing": ({}, None),
+    "few that are not UTF-8": ({"replaced_documents": 20}, None),
+    "many": ({"replaced_documents": 21, "likely_encodings": {"Latin-1": 21}}, "Latin-1 in 21"),
+    "NULs": ({"nul_documents": 1, "likely_encodings": {"UTF-16LE": 1}}, "like: UTF-16LE in 1; "),
+    "compressed": (
+        {"replaced_documents": 1, "likely_encodings": {"gzip data": 1}},
+        "1 have bytes that are not UTF-8, which became U+FFFD, and 0 have NUL characters; "
+        "they look like: gzip data in 1; convert them to text in UTF-8",
+    ),
+}
+
+
+@pytest.mark.parametrize("state, words", ODD.values(), ids=ODD)
+def test_documents_that_are_probably_not_utf8_are_named(state, words):
+    writer = writer_of(tokens=100, documents=1000, val={"tokens": 10}, **state)
+    oddities = find_oddities(writer)
+    assert len(oddities) == (words is not None)
+    assert all(words in oddity for oddity in oddities)
+
+
+def test_a_val_bin_with_over_twice_its_fraction_is_named():
+    assert find_oddities(writer_of(tokens=100, val={"tokens": 20})) == []
+    (oddity,) = find_oddities(writer_of(tokens=100, val={"tokens": 21}))
+    assert oddity.startswith("val.bin has 21.0% of the tokens, over twice --val_fraction=0.1: ")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """run.py: when an evaluation is due, when a run ends, and its figures."""
 
+from dataclasses import replace
+
 import pytest
 
 from helpers import make_run, make_trainer
@@ -41,7 +43,8 @@ def test_a_plateau_is_as_long_as_the_patience(bins, tmp_path, patience, stale_ev
 
 def test_the_mfu_is_relative_to_the_ceiling_of_all_devices(run):
     flops_per_token = run.trainer.model.flops_per_token()
-    run.ceiling = 2e-12 * flops_per_token * 512  # TFLOP/s that make 2 iterations a second
+    ceiling = 2e-12 * flops_per_token * 512  # TFLOP/s that make 2 iterations a second
+    run.plan = replace(run.plan, ceiling=ceiling)
     assert run.tokens_per_s(4.0) == 128
     assert run.mfu(1.0) == pytest.approx(0.5)
 

@@ -58,6 +58,74 @@ def test_a_character_that_stays_incomplete_is_printed_as_a_replacement_character
     assert printed == "> " + get_encoding().decode(ids)
 
 
+def print_until(stop_at, pieces, capsys, prompt="> ", stop=True):
+    """Print one sample of these tokens with `stop_at`. Return what was printed before each token,
+    the whole, and the number of tokens."""
+    printed = ""
+    printed_before_each_token = []
+
+    def tokens():
+        nonlocal printed
+        for piece in pieces:
+            printed += capsys.readouterr().out
+            printed_before_each_token.append(printed)
+            yield [get_encoding().encode_single_token(piece)]
+
+    printer = SamplePrinter(prompt, first=0, stop_at=stop_at)
+    n_tokens = printer.print_samples(tokens(), range(1), stop)
+    printed += capsys.readouterr().out
+    return printed_before_each_token, printed.removesuffix(SEPARATOR), n_tokens
+
+
+@pytest.mark.parametrize(
+    "stop_at, pieces, expected, n_tokens",
+    [
+        ("\n\n", ["one", "\n\n", "two"], "> one", 2),
+        ("\n\n", ["one", "\n", "\n", "two"], "> one", 3),
+        ("\n\n", ["one", "\n", " two"], "> one\n two", 3),
+        ("\n\n", ["one", "\n"], "> one\n", 2),
+        (" tw", ["one", " two", " three"], "> one", 2),  # inside a token
+        ("abac", ["ab", "ab", "ac", "x"], "> ab", 3),  # begins again inside its own beginning
+        ("é", ["one", b"\xc3", b"\xa9", "x"], "> one", 3),  # half a character in each token
+        ("", ["one", "\n\n", "two"], "> one\n\ntwo", 3),
+    ],
+)
+def test_a_sample_ends_before_the_stop_text(stop_at, pieces, expected, n_tokens, capsys):
+    before_each_token, printed, n_generated = print_until(stop_at, pieces, capsys)
+    assert printed == expected
+    assert n_generated == n_tokens
+    # What is printed is never taken back, and only what may become the stop text is held back.
+    assert all(printed.startswith(part) for part in before_each_token)
+
+
+def test_the_stop_text_is_not_looked_for_in_the_prompt(capsys):
+    pieces = ["one", "\n\n", "two"]
+    _, printed, _ = print_until("\n\n", pieces, capsys, prompt="a\n\nb\n")
+    assert printed == "a\n\nb\none"
+
+
+def test_each_of_several_samples_ends_before_its_own_stop_text(capsys):
+    a, b, line = (get_encoding().encode_single_token(piece) for piece in ("a", "b", "\n"))
+    tokens = iter([[a, b], [line, b], [a, line]])
+    printer = SamplePrinter(">", first=0, stop_at="\n")
+    assert printer.print_samples(tokens, range(2), stop=True) == 5
+    assert capsys.readouterr().out == f">a{SEPARATOR}>bb{SEPARATOR}"
+
+
+def test_a_second_attempt_with_a_stop_text_does_not_repeat_what_the_first_has_printed(capsys):
+    ids = get_encoding().encode("one\ntwo\n\nthree")
+
+    def interrupted():
+        yield from ([token] for token in ids[:2])
+        raise MemoryError
+
+    printer = SamplePrinter("> ", first=0, stop_at="\n\n")
+    with pytest.raises(MemoryError):
+        printer.print_samples(interrupted(), range(1), stop=True)
+    printer.print_samples(([token] for token in ids), range(1), stop=True)
+    assert capsys.readouterr().out == f"> one\ntwo{SEPARATOR}"
+
+
 def test_a_second_attempt_does_not_repeat_what_the_first_has_printed(capsys):
     ids = get_encoding().encode("one two three")
 

@@ -41,6 +41,43 @@ def test_the_folder_of_the_data(dataset, existing, expected, tmp_path, monkeypat
     assert TrainConfig(dataset=dataset).data_dir == Path(expected)
 
 
+@pytest.mark.parametrize(
+    "dataset, existing, write",
+    [
+        ("data/t/train.bin", [], "data/t"),
+        ("t/train.bin", ["data/t/train.bin"], "data/t"),
+        ("t/val.bin", [], "data/t"),
+        ("data/t/meta.json", ["data/t/meta.json", "data/t/train.bin"], "data/t"),
+        ("elsewhere/train.bin", ["elsewhere/train.bin"], "HERE/elsewhere"),
+        ("train.bin", ["train.bin"], "HERE"),
+        ("/somewhere/t/train.bin", [], "/somewhere/t"),
+        ("a/mine.parquet", [], "mine"),
+        ("input.txt", ["input.txt"], "NAME"),
+    ],
+)
+def test_a_file_as_dataset_is_refused_with_the_folder_to_write(
+    dataset, existing, write, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for file in existing:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+    with pytest.raises(UserError, match="dataset takes the folder of train.bin") as refusal:
+        configure(TrainConfig, [f"--dataset={dataset}"], "")
+    message = str(refusal.value)
+    write = write.replace("HERE", str(tmp_path))
+    assert message.endswith(f"write --dataset={write}")
+    if dataset.endswith(".parquet"):
+        assert f"python prepare_single_parquet.py {dataset} --out_dir=data/mine, then" in message
+
+
+@pytest.mark.parametrize("dataset", ["mine.bin", "data/mine.bin"])
+def test_a_folder_may_have_any_name(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/mine.bin").mkdir(parents=True)
+    assert TrainConfig(dataset=dataset).data_dir == Path("data/mine.bin")
+
+
 def test_resolving_replaces_auto_by_what_the_run_will_use(monkeypatch):
     monkeypatch.setattr("onenight.training.settings.compile_works", lambda device: False)
     config = TrainConfig(dtype="auto", compile=True)

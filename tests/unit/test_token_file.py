@@ -59,6 +59,8 @@ REFUSED = {
     "odd size": (GPT2_BYTES[:-1], None, "1999 bytes is not a whole number of uint16 tokens"),
     "cut": (GPT2_BYTES[:-2], {"train": {"tokens": 1000}}, "999 tokens, but meta.json says 1,000"),
     "short": (GPT2_BYTES[:64], None, "32 tokens are too few for one window of block_size=32; "),
+    "uint32": (gpt2_ids(1000).astype("<u4").tobytes(), None, "contains uint32 ids, not uint16; "),
+    "int64": (gpt2_ids(1000).astype("<i8").tobytes(), None, "contains int64 ids, not uint16; "),
     "large ids": (b"\xff\xff" * 1000, None, "contains id 65535, but the model's vocab_size is 503"),
 }
 
@@ -68,6 +70,21 @@ def test_a_file_that_cannot_be_trained_on_is_refused(content, meta, words, tmp_p
     write_folder(tmp_path, content, meta)
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'train.bin'}: {words}")):
         open_both(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8", "<u8"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_line_that_converts_wider_integers_works(split, dtype, tmp_path):
+    ids = gpt2_ids(1000)
+    write_folder(tmp_path, GPT2_BYTES)
+    path = tmp_path / f"{split}.bin"
+    path.write_bytes(ids.astype(dtype).tobytes())
+    with pytest.raises(UserError, match="ids, not uint16; convert it with: ") as refusal:
+        open_both(tmp_path)
+    line = str(refusal.value).partition("convert it with: ")[2]
+    exec(line, {"np": np, "OLD": path, "NEW": path})
+    assert path.read_bytes() == ids.tobytes()
+    open_both(tmp_path)
 
 
 def test_a_file_beside_nanogpts_meta_pkl_is_refused(tmp_path):
@@ -88,8 +105,6 @@ def test_a_missing_file_is_refused_with_the_command_that_creates_it(tmp_path, mo
 
 SMALL_IDS = np.arange(1000, dtype="<u2") % 256
 UNUSUAL = {
-    "uint32": (gpt2_ids(1000).astype("<u4"), None, "every second id is 0; if these are uint32, "),
-    "int64": (gpt2_ids(1000).astype("<i8"), None, "every second id is 0; if these are uint32, "),
     "no ends": (gpt2_ids(1000, with_ends=False), None, "contains no end-of-text token (50256), "),
     "bytes": (SMALL_IDS, None, "and the largest id is 255; are these GPT-2 ids?"),
     "GPT-2": (gpt2_ids(1000), None, None),

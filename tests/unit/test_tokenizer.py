@@ -66,15 +66,18 @@ TEXTS = st.lists(ODD, min_size=1, max_size=8).map("".join).filter(bool)
 @given(st.lists(TEXTS, max_size=6))
 def test_documents_are_encoded_as_tiktoken_encodes_each(texts):
     each = [GPT2.encode_ordinary(text) for text in texts]
-    ids = encode_documents([text.encode("utf-8", "surrogatepass") for text in texts])
+    ids, is_replaced = encode_documents([text.encode("utf-8", "surrogatepass") for text in texts])
     assert ids.dtype == np.uint16
+    assert is_replaced.tolist() == [False] * len(texts)
     assert ids.tolist() == [id for document in each for id in (*document, EOT)]
     assert [encode_document(text).tolist() for text in texts] == each
 
 
 def test_bytes_that_are_not_utf8_become_replacement_characters():
     expected = GPT2.encode_ordinary("caf\ufffd \ufffd\ufffd!")
-    assert encode_documents([b"caf\xe9 \xff\xfe!"]).tolist() == [*expected, EOT]
+    ids, is_replaced = encode_documents([b"a", b"caf\xe9 \xff\xfe!", b"\xed\xa0\xbd", b"b"])
+    assert ids.tolist()[:-4] == [64, EOT, *expected, EOT]
+    assert is_replaced.tolist() == [False, True, False, False]  # the third is a lone surrogate
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\u3000"])
@@ -87,7 +90,8 @@ def test_two_million_spaces_before_text_are_encoded_in_pieces(space):
     pieces = [space * 100_000] * 19 + [space * 100_000 + "hello"]
     expected = [id for piece in pieces for id in GPT2.encode_ordinary(piece)]
     assert encode_document(text).tolist() == expected
-    assert encode_documents([b"before", text.encode()]).tolist() == [19052, EOT, *expected, EOT]
+    ids, _ = encode_documents([b"before", text.encode()])
+    assert ids.tolist() == [19052, EOT, *expected, EOT]
     if space == " ":
         # Each space is a token and the last one belongs to the word, so the cuts leave no trace.
         assert expected == [220] * 1_999_999 + [23748]

@@ -255,6 +255,13 @@ def test_the_progress_of_nanogpts_checkpoints_follows_from_the_iterations():
     assert type(progress.best_val_loss) is float
 
 
+def test_the_tokens_of_nanogpts_checkpoints_are_those_of_their_own_batch_size():
+    then = {"batch_size": 3, "gradient_accumulation_steps": 5, "block_size": 32}
+    progress = read_progress({"iter_num": 9, "config": then}, make_config("unused"))
+    assert progress.position == 9 * 3 * 5
+    assert progress.tokens == 9 * 3 * 5 * 32
+
+
 def test_the_progress_of_older_checkpoints_is_relative_to_the_length_that_they_decided_on():
     older = {"iter_num": 30, "position": 500, "hours": 8.0, "decisions": 1, "warmdown_iters": 70}
     config = make_config("unused", max_iters=45)
