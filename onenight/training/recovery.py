@@ -39,8 +39,8 @@ class Recovery:
     def within_memory(self, job: Callable, *arguments):
         """Return job(*arguments). If memory runs out, repeat it with smaller micro-batches, more of
         them: the same windows in the same order. Raises UserError if one window is too much. If
-        the model cannot be compiled, repeat it without torch.compile. The job must not communicate
-        with other processes after it has allocated much memory."""
+        the model cannot be compiled, repeat it without torch.compile. The job must not exchange
+        large tensors with other processes: out of memory there, it would leave them waiting."""
         while True:
             try:
                 return job(*arguments)
