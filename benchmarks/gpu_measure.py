@@ -28,6 +28,7 @@ from onenight.system.device import (
     choose_device,
     choose_dtype,
     compile_model,
+    measure_bandwidth,
     measure_tflops,
     use_tf32,
 )
@@ -89,7 +90,7 @@ def card(config: MeasureConfig) -> dict:
     for dtype in (choose_dtype("bfloat16", device), "float32"):
         if dtype not in figures["tflops"]:  # without bfloat16 both may be float32
             figures["tflops"][dtype] = round(measure_tflops(device, dtype), 2)
-    figures["copy_gb_s"] = round(copy_bandwidth(device) / GB, 1)
+    figures["copy_gb_s"] = round(measure_bandwidth(device), 1)
     return figures
 
 
@@ -101,20 +102,6 @@ def driver_version() -> str:
         return result.stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Return the bytes/s read and written together by a copy, the fastest of ten."""
-    size = 2**30 if device.type == "cuda" else 2**27
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    fastest = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
-        target.copy_(source)
-        common.wait(device)
-        fastest = min(fastest, time.perf_counter() - started)
-    return 2 * size / fastest
 
 
 def peak_gb(device: torch.device) -> dict[str, float]:

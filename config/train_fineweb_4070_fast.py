@@ -3,10 +3,11 @@
 #
 # Without --hours, the length is max_iters, chosen as follows. The only clean public measurement of
 # such a recipe (modded-nanogpt's track 3: 124M, 1,024 tokens, FineWeb) reaches GPT-2's val loss of
-# 3.28 after 1.70 billion tokens, and gains 0.146 for each e-fold of tokens. A 4070 was reported to
-# train 55,700 tokens/s of nanochat's d12, whose 887 MFLOP per token are 4 % more than this model's.
-# At that speed, 1.70 billion tokens take 8 h 15 min to 8 h 30 min. So --hours=8 gives about
-# 1.60 billion tokens and a loss of 3.29; --hours=5 gives 1.00 billion and about 3.36.
+# 3.28 after 1.70 billion tokens, and gains 0.146 for each e-fold of tokens. The plan for a 4070
+# (--plan --plan_card="RTX 4070") is 63,400 tokens/s, so 1.70 billion tokens take 7 h 30 min. So
+# --hours=8 gives about 1.8 billion tokens and a loss of 3.27; --hours=5 gives 1.14 billion and
+# about 3.34. At the 55,700 tokens/s that a 4070 was reported to reach with nanochat's d12 (4 % more
+# FLOPs per token, and more memory traffic), 8 hours are 1.60 billion tokens and a loss of 3.29.
 #
 # These are estimates: nobody has trained this config on that card yet. This run also reads a file
 # of 0.7 billion tokens more than twice, while the 3.28 was reached on text that does not repeat.

@@ -17,6 +17,7 @@ import torch
 
 import train as train_script
 from configurator import UserError
+from onenight.system.cards import Speed
 from onenight.system.distributed import Ranks
 from onenight.training.clock import Clock
 from onenight.training.optimizers import set_learning_rates
@@ -179,7 +180,7 @@ def make_trainer(bins, *, ranks=None, **changes):
 def make_run(trainer, out_dir, *, now=time.monotonic, ceiling=1.0):
     """Return the Run of a trainer, ready for train.train(). `ceiling` is in TFLOP/s."""
     out_dir.mkdir(exist_ok=True)
-    run = Run(trainer, Clock(now), make_plan(trainer.config, ceiling), out_dir)
+    run = Run(trainer, Clock(now), make_plan(trainer.config, Speed(ceiling, 10.0)), out_dir)
     run.open_outputs()
     return run
 

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -15,7 +16,7 @@ from onenight.system.cache_folders import use_cache_folder
 from onenight.system.wording import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MEASURE_S = 0.5  # how long measure_tflops() measures
+MEASURE_S = 0.5  # how long measure_tflops() and measure_bandwidth() measure
 # What compilers and the system say of a folder for temporary files that is full, or from which
 # nothing may be executed (noexec).
 UNUSABLE_FOLDER = re.compile(
@@ -168,25 +169,46 @@ def compile_model(model):
 
 
 def measure_tflops(device: torch.device, dtype: str) -> float:
-    """Return the TFLOP/s of large square matrix products, the ceiling that MFU is relative to.
-
-    It is that of the fastest product in MEASURE_S seconds.
-    """
+    """Return the TFLOP/s of large square matrix products, the ceiling that MFU is relative to."""
     # Small enough on a CPU that some product is not disturbed by other processes.
     size = 8192 if device.type == "cuda" else 512
     matrix = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
-    time_product(matrix)  # the first product loads the library
-    fastest = time_product(matrix)
-    end = time.monotonic() + MEASURE_S
-    while time.monotonic() < end:
-        fastest = min(fastest, time_product(matrix))
+    seconds = fastest(time_product, matrix)
     del matrix
     torch.cuda.empty_cache()  # has no effect without a GPU
-    return 2 * size**3 / fastest / 1e12
+    return 2 * size**3 / seconds / 1e12
+
+
+def measure_bandwidth(device: torch.device) -> float:
+    """Return the GB/s of large copies in the memory of the device, read and written together."""
+    size = 2**28 if device.type == "cuda" else 2**27  # more than the caches hold
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = fastest(time_copy, source, target)
+    del source, target
+    torch.cuda.empty_cache()
+    return 2 * size / seconds / 1e9
+
+
+def fastest(time_once: Callable[..., float], *arguments) -> float:
+    """Return the least of what time_once(*arguments) returns in MEASURE_S seconds."""
+    time_once(*arguments)  # the first time loads libraries
+    least = time_once(*arguments)
+    end = time.monotonic() + MEASURE_S
+    while time.monotonic() < end:
+        least = min(least, time_once(*arguments))
+    return least
 
 
 def time_product(matrix: torch.Tensor) -> float:
     """Return the seconds that the product of a square matrix with itself takes."""
     started = time.perf_counter()
     (matrix @ matrix)[0, 0].item()  # item() waits for the device
+    return time.perf_counter() - started
+
+
+def time_copy(source: torch.Tensor, target: torch.Tensor) -> float:
+    """Return the seconds that copying `source` to `target` takes."""
+    started = time.perf_counter()
+    target.copy_(source)[0].item()
     return time.perf_counter() - started

@@ -8,27 +8,27 @@ import torch
 
 from model import CHUNK_ROWS, GPT, GPTConfig
 from onenight.data.token_file import token_count
-from onenight.system.device import DTYPES, choose_dtype, measure_tflops
+from onenight.system.cards import REACHED_PER_RATED, Speed, find_card
+from onenight.system.device import DTYPES, choose_dtype, measure_bandwidth, measure_tflops
 from onenight.system.limits import available_memory, container_memory
 from onenight.system.memory import GB, RESERVE, usable_memory
 from onenight.system.wording import duration
-from onenight.training.optimizers import state_numbers
+from onenight.training.optimizers import MUON, groups_by_optimizer, state_numbers
 from onenight.training.schedule import describe_schedule, schedule_warnings
 from onenight.training.settings import TrainConfig, config_file_values
 from onenight.training.trainer import model_args
 
 # The settings whose product is the number of tokens in an iteration.
 TOKENS_PER_ITER = ("gradient_accumulation_steps", "batch_size", "block_size")
-# The narrower a model, the more work there is beside its matrix products: training reaches about
-# n_embd / (n_embd + HALF_SPEED_WIDTH) of their speed, fitted to widths of 64 to 512 on a CPU
-# (benchmarks/LOG.md). For 768 in bfloat16 that is 67 %; the CPU reached 57 %, and on the RTX 4070,
-# rated at 58 TFLOP/s, nanoGPT was reported to reach 48 % and nanochat 84 %.
-HALF_SPEED_WIDTH = {"float32": 120, "bfloat16": 370, "float16": 370}
 MAX_EPOCHS = 4  # more epochs help little: Muennighoff et al., arXiv:2305.16264
 FLOAT32_BYTES = 4
+NEWTON_SCHULZ_STEPS = 5  # of Muon
 # Extra bytes that an eager run saves for the backward pass, for each token, block and channel, on
 # a CPU.
 EAGER_BYTES = {"gpt2": 0, "qwen3": 30}
+# Without torch.compile each operation reads and writes memory by itself, mostly in float32: about
+# this many times what the compiled kernels do. The softmax makes 8 passes over the logits, not 2.
+EAGER_PASSES = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Plan:
     parameters: int
     flops_per_token: int
     tokens_per_s: float
-    speed: str  # the TFLOP/s behind tokens_per_s and where they come from, in words
+    speed: str  # the speeds behind tokens_per_s and where they come from, in words
     iters: int
     tokens: int
     seconds: float  # the evaluations come on top, except with --hours
@@ -51,30 +51,28 @@ class Plan:
         return sum(self.memory.values()) / GB
 
 
-def measure_ceiling(config: TrainConfig) -> float:
-    """Return the TFLOP/s of matrix products on this machine, in the number format of the run."""
+def measure_ceiling(config: TrainConfig) -> Speed:
+    """Return the speeds that bound training on this machine, in the number format of the run."""
     device = torch.device(config.device)
     # A plan for another card may have a number format that is slow here.
-    dtype = choose_dtype("auto", device) if config.plan_vram_gb else config.dtype
-    return measure_tflops(device, dtype)
+    dtype = choose_dtype("auto", device) if config.is_planned_elsewhere else config.dtype
+    return Speed(measure_tflops(device, dtype), measure_bandwidth(device))
 
 
-def make_plan(config: TrainConfig, ceiling: float) -> Plan:
-    """Return the plan of a run with resolved settings (see settings.py) on this device, whose
-    matrix products reach `ceiling` TFLOP/s, or on the card that config.plan_vram_gb and
-    config.plan_tflops describe. The data need not exist yet."""
+def make_plan(config: TrainConfig, ceiling: Speed) -> Plan:
+    """Return the plan of a run with resolved settings (see settings.py) on this device, which
+    reaches the speeds `ceiling`, or on the card that config.plan_card, or config.plan_vram_gb and
+    config.plan_tflops, describe. The data need not exist yet."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_args(config)))
-    flops = model.flops_per_token()
-    tflops, speed = expected_speed(config, ceiling)
-    s_per_iter = flops * config.tokens_per_iter / tflops / 1e12
+    s_per_iter, speed = predict_time(model, config, ceiling)
     iters = config.max_iters
     if config.hours:
         iters = max(1, int(config.hours * 3600 / s_per_iter))
     return Plan(
-        ceiling=ceiling,
+        ceiling=ceiling.tflops,
         parameters=model.get_num_params(),
-        flops_per_token=flops,
+        flops_per_token=model.flops_per_token(),
         tokens_per_s=config.tokens_per_iter / s_per_iter,
         speed=speed,
         iters=iters,
@@ -88,7 +86,7 @@ def make_plan(config: TrainConfig, ceiling: float) -> Plan:
 def print_plan(plan: Plan, config: TrainConfig, arguments: list[str]):
     """Print a plan and the settings that it is for. `arguments`: the command line, for the
     warnings."""
-    if not config.plan_vram_gb:
+    if not config.is_planned_elsewhere:
         print(f"device: {describe_device(config)}")
     print(
         f"parameters: {plan.parameters / 1e6:.2f}M, "
@@ -115,15 +113,6 @@ def describe_device(config: TrainConfig) -> str:
         name += " (torch finds no GPU: see README)"
     compiled = ", compiled" if config.compile else ""
     return f"{name}, {config.dtype}{compiled}"
-
-
-def expected_speed(config: TrainConfig, ceiling: float) -> tuple[float, str]:
-    """Return the TFLOP/s that training is expected to reach, and where the figure comes from."""
-    if config.plan_tflops:
-        return config.plan_tflops, f"{config.plan_tflops:g} TFLOP/s, as given"
-    efficiency = config.n_embd / (config.n_embd + HALF_SPEED_WIDTH[config.dtype])
-    source = f"{efficiency:.0%} (expected) of {ceiling:.2f} TFLOP/s, measured here"
-    return efficiency * ceiling, source
 
 
 def describe_epochs(config: TrainConfig, tokens: int) -> str:
@@ -154,6 +143,88 @@ def recipe_warnings(config: TrainConfig, arguments: list[str]) -> list[str]:
         f"has {intended:,}; --gradient_accumulation_steps={nearest} comes nearest to it with this "
         "batch_size"
     ]
+
+
+def predict_time(model: GPT, config: TrainConfig, ceiling: Speed) -> tuple[float, str]:
+    """Return the seconds of an iteration, and the speeds that they follow from, in words."""
+    flops = config.tokens_per_iter * model.flops_per_token()
+    if config.plan_tflops:
+        return flops / config.plan_tflops / 1e12, f"{config.plan_tflops:g} TFLOP/s, as given"
+    if config.plan_card:
+        card = find_card(config.plan_card)
+        seconds = predict_seconds(model, config, card.speed)
+        source = (
+            f"{REACHED_PER_RATED} times the {card.name}'s rated {card.tflops:g} TFLOP/s and "
+            f"{card.gb_per_s:g} GB/s"
+        )
+    else:
+        seconds = predict_seconds(model, config, ceiling)
+        source = f"{ceiling.tflops:.2f} TFLOP/s and {ceiling.gb_per_s:.0f} GB/s, measured here"
+    tokens_per_s = config.tokens_per_iter / seconds
+    return seconds, f"{tokens_per_s:,.0f} tokens/s, calculated from {source}"
+
+
+def predict_seconds(model: GPT, config: TrainConfig, speed: Speed) -> float:
+    """Return the seconds of an iteration: its FLOPs at the speed of matrix products, and the bytes
+    that it moves beside them at the speed of copies.
+
+    The FLOPs are PaLM's count. It has 12 for each channel and position that attention reads, of
+    which causal attention computes 7, at about 0.6 times the speed of matrix products.
+    """
+    flops = config.tokens_per_iter * model.flops_per_token() + update_flops(model, config)
+    moved = config.tokens_per_iter * moved_per_token(model.config, config)
+    moved += weight_bytes(model, config)
+    return flops / speed.tflops / 1e12 + moved / speed.gb_per_s / GB
+
+
+def moved_per_token(shape: GPTConfig, config: TrainConfig) -> float:
+    """Return the bytes that are read and written for each token, forward and backward, beside
+    matrix products and attention. The passes are counted in the kernels that torch.compile makes
+    for an RTX 4070 (benchmarks/LOG.md)."""
+    # Both norms, each with the addition before it: 8 passes forward and 8 backward. Joining the
+    # gradients of query, key and value: 6.
+    passes = 22
+    # Normalizing and rotating queries and keys, 11; adding the gradients of the MLP's input, 1.
+    if shape.parts.rotary_positions:
+        passes += 12
+    channels = passes * shape.n_embd
+    # The activation of the MLP: 2 forward and 3 backward; with a gate 3 and 5.
+    passes = 8 if shape.parts.gated_mlp else 5
+    channels += passes * shape.mlp_width
+    # The logits are read, and their gradients written.
+    numbers = shape.n_layer * channels + 2 * shape.vocab_size
+    if not config.compile:
+        return EAGER_PASSES * FLOAT32_BYTES * numbers
+    return DTYPES[config.dtype].itemsize * numbers
+
+
+def weight_bytes(model: GPT, config: TrainConfig) -> float:
+    """Return the bytes that an iteration moves for the weights, however many tokens its
+    micro-batches have: weights and their gradients change their number format, gradients are added
+    up, and the update."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    micro_batches = config.gradient_accumulation_steps
+    dtype_bytes = DTYPES[config.dtype].itemsize
+    moved = 0
+    # Weights are read in one format and written in the other, and so are their gradients.
+    if dtype_bytes < FLOAT32_BYTES:
+        moved += micro_batches * 2 * (FLOAT32_BYTES + dtype_bytes) * parameters
+    # The gradients of each micro-batch after the first: two reads and a write.
+    moved += (micro_batches - 1) * 3 * FLOAT32_BYTES * parameters
+    # The update reads gradients, and reads and writes weights and the optimizer's state.
+    numbers = 3 * parameters + 2 * state_numbers(model, config)
+    return moved + FLOAT32_BYTES * numbers
+
+
+def update_flops(model: GPT, config: TrainConfig) -> int:
+    """Return the FLOPs of an update: Muon's, as AdamW's are negligible. It multiplies each matrix
+    and its transpose, squares the product, and multiplies that by the matrix, five times."""
+    flops = 0
+    for group in groups_by_optimizer(model, config).get(MUON, []):
+        for matrix in group["params"]:
+            rows, columns = sorted(matrix.shape)
+            flops += NEWTON_SCHULZ_STEPS * (4 * rows**2 * columns + 2 * rows**3)
+    return flops
 
 
 def predict_memory(model: GPT, config: TrainConfig, micro_batch_size: int) -> dict[str, float]:
@@ -219,34 +290,36 @@ def head_bytes(shape: GPTConfig, config: TrainConfig, tokens: int) -> float:
 
 
 def judge_fit(config: TrainConfig, model: GPT) -> str:
-    """Return, in words, whether the memory suffices, or else the largest micro-batch for which it
-    does."""
+    """Return, in words, whether the memory suffices, and the largest micro-batch for which it does
+    if that is of interest: for a listed card, or if the config's does not fit."""
     free, name = free_memory(config)
     if free is None:
         return "unknown: this system does not report its memory"
     amount = f"{free / GB:.1f} GB free"
-    peak = {}
-    for size in range(1, config.batch_size + 1):
-        if config.windows_per_iter % size == 0:
-            peak[size] = sum(predict_memory(model, config, size).values())
-    if peak[config.batch_size] <= free:
-        return f"yes, in {amount} on {name}"
-    fitting = [size for size in peak if peak[size] <= free]
+    windows = config.windows_per_iter
+    sizes = [size for size in range(1, windows + 1) if windows % size == 0]
+    fitting = [size for size in sizes if sum(predict_memory(model, config, size).values()) <= free]
     if not fitting:
         return (
             f"no, not even with batch_size=1: {name} has {amount}; "
             "use a smaller model or block_size"
         )
     size = max(fitting)
-    return (
-        f"no: {name} has {amount}; the same effective batch fits with "
-        f"--batch_size={size} --gradient_accumulation_steps={config.windows_per_iter // size}"
-    )
+    flags = f"--batch_size={size} --gradient_accumulation_steps={windows // size}"
+    if config.batch_size > size:
+        return f"no: {name} has {amount}; the same effective batch fits with {flags}"
+    answer = f"yes, in {amount} on {name}"
+    if config.plan_card:
+        answer += f"; at most {flags}"
+    return answer
 
 
 def free_memory(config: TrainConfig) -> tuple[float | None, str]:
     """Return the bytes that a run may use, None if unknown, and the name of what has them."""
     device = torch.device(config.device)
+    if config.plan_card:
+        card = find_card(config.plan_card)
+        return card.memory_gb * GB - RESERVE, f"an {card.name}"
     if config.plan_vram_gb:
         return config.plan_vram_gb * GB - RESERVE, f"a card of {config.plan_vram_gb:g} GB"
     if device.type == "cuda":

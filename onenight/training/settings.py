@@ -5,6 +5,7 @@ from pathlib import Path
 
 from configurator import UserError, is_file, read_config_file, setting
 from model import ARCHITECTURES, GPTConfig
+from onenight.system.cards import find_card
 from onenight.system.device import DTYPES, choose_device, choose_dtype, compile_works
 from onenight.training.optimizers import CHOICES, rates_missing
 
@@ -34,11 +35,17 @@ class TrainConfig:
         0.0, "the decrease of val loss, in nats, that counts as an improvement", low=0
     )
     plan: bool = setting(False, "print the plan and exit")
+    plan_card: str = setting(
+        "", 'plan for this card: "RTX 4070", "RTX 4090", ...; empty: for this machine'
+    )
     plan_vram_gb: float = setting(
         0.0, "plan for a card with this much memory; 0: for this machine", low=0
     )
     plan_tflops: float = setting(
-        0.0, "plan for this many TFLOP/s; 0: for the speed measured on this machine", low=0
+        0.0,
+        "plan for this many TFLOP/s, with nothing added for memory traffic; 0: for the speeds "
+        "measured on this machine",
+        low=0,
     )
     allow_new_data: bool = setting(False, "resume even if train.bin has changed")
     init_from: str = setting(
@@ -120,6 +127,12 @@ class TrainConfig:
                 "for the parameters that another optimizer updates"
             )
         GPTConfig(**self.shape)  # raises if the shape is impossible
+        if self.plan_card:
+            find_card(self.plan_card)  # raises if it is not listed
+            if self.plan_vram_gb or self.plan_tflops:
+                raise ValueError(
+                    "plan_card sets memory and speed: leave out plan_vram_gb and plan_tflops"
+                )
         refuse_file_as_dataset(self.dataset)
 
     @property
@@ -149,6 +162,11 @@ class TrainConfig:
         return ARCHITECTURES[self.architecture].tied_head
 
     @property
+    def is_planned_elsewhere(self) -> bool:
+        """Whether the plan is for another card than this machine's."""
+        return bool(self.plan_card or self.plan_vram_gb)
+
+    @property
     def windows_per_iter(self) -> int:
         return self.gradient_accumulation_steps * self.batch_size
 
@@ -168,7 +186,7 @@ def resolve(config: TrainConfig, device: str) -> TrainConfig:
     will really use: the device, the number format, and whether to compile. None of these change
     later. Raises UserError if the device is not available."""
     chosen = choose_device(device)
-    if config.plan_vram_gb:
+    if config.is_planned_elsewhere:
         # A plan for another card, which is taken to support everything.
         dtype = "bfloat16" if config.dtype == "auto" else config.dtype
         return replace(config, device=str(chosen), dtype=dtype)

@@ -1,6 +1,7 @@
 """What the project ships: its configs have their values and train, and README's plan is true."""
 
 import re
+import shlex
 import time
 from dataclasses import asdict
 
@@ -9,6 +10,7 @@ import pytest
 import train as train_script
 from configurator import configure, read_config_file
 from helpers import ROOT, load, run_here, train_by_clock
+from onenight.system.cards import CARDS
 from onenight.training.settings import TrainConfig
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
@@ -97,4 +99,15 @@ def test_the_plan_in_the_readme_is_what_the_program_prints(tmp_path, monkeypatch
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     pattern = r"^\$ python train\.py (.*--plan.*)\n([^`]*)```"
     command, plan = re.search(pattern, readme, re.M).groups()
-    assert run_here(train_script, *command.split()).stdout == plan
+    assert run_here(train_script, *shlex.split(command)).stdout == plan
+
+
+def test_the_times_in_the_readme_are_those_of_the_plans():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (RTX .*) \| (\d+h \d+m) \| (\d+) \|$", readme, re.M)
+    assert [name for name, _, _ in rows] == [card.name for card in CARDS]
+    for name, duration, size in rows:
+        flags = ["config/train_fineweb_4070_fast.py", "--plan", f"--plan_card={name}"]
+        printed = train_by_clock(time.monotonic, *flags).stdout
+        assert f"time: {duration} at " in printed
+        assert f"; at most --batch_size={size} " in printed

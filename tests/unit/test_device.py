@@ -18,8 +18,10 @@ from onenight.system.device import (
     compile_works,
     describe_compile_failure,
     is_compile_failure,
+    measure_bandwidth,
     measure_tflops,
     set_up_device,
+    time_copy,
 )
 
 CPU = torch.device("cpu")
@@ -199,3 +201,17 @@ def test_the_measured_speed_is_that_of_the_fastest_product(monkeypatch):
     monkeypatch.setattr("onenight.system.device.MEASURE_S", 0.0)
     monkeypatch.setattr("onenight.system.device.time_product", lambda matrix: next(seconds))
     assert measure_tflops(CPU, "float32") == pytest.approx(2 * 512**3 / 2e-3 / 1e12)
+
+
+def test_the_measured_bandwidth_is_that_of_the_fastest_copy(monkeypatch):
+    seconds = iter([5.0, 2e-3, 1e-3])
+    monkeypatch.setattr("onenight.system.device.MEASURE_S", 0.0)
+    monkeypatch.setattr("onenight.system.device.time_copy", lambda source, target: next(seconds))
+    assert measure_bandwidth(CPU) == pytest.approx(2 * 2**27 / 2e-3 / 1e9)
+
+
+def test_a_copy_is_timed_in_full():
+    source = torch.arange(10)
+    target = torch.zeros_like(source)
+    assert time_copy(source, target) > 0
+    assert target.equal(source)

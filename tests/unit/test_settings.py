@@ -86,12 +86,13 @@ def test_resolving_replaces_auto_by_what_the_run_will_use(monkeypatch):
     assert config == TrainConfig(dtype="auto", compile=True)  # unchanged
 
 
-def test_a_plan_for_another_card_is_resolved_as_if_that_supported_everything(monkeypatch):
+@pytest.mark.parametrize("card", [{"plan_vram_gb": 12}, {"plan_card": "RTX 4070"}])
+def test_a_plan_for_another_card_is_resolved_as_if_that_supported_everything(card, monkeypatch):
     monkeypatch.setattr("onenight.training.settings.compile_works", lambda device: 1 / 0)
-    resolved = resolve(TrainConfig(plan_vram_gb=12), "cpu")
+    resolved = resolve(TrainConfig(**card), "cpu")
     assert resolved.dtype == "bfloat16"
     assert resolved.compile
-    assert resolve(TrainConfig(plan_vram_gb=12, dtype="float16"), "cpu").dtype == "float16"
+    assert resolve(TrainConfig(**card, dtype="float16"), "cpu").dtype == "float16"
 
 
 def test_the_shape_of_a_checkpoint_is_taken_over_except_for_a_smaller_block_size():
