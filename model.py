@@ -420,6 +420,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if with_grad:
                 grad_x.append((grad @ w) * counted)
                 grad_weight = add_product(grad_weight, grad.T, chunk * counted, weight.dtype)
+            del grad  # the next chunk needs its memory
         if with_grad:
             ctx.save_for_backward(torch.cat(grad_x), grad_weight, n_counted)
         return total / n_counted

@@ -23,7 +23,7 @@ import model
 from configurator import configure, setting
 from onenight.system.console import run_script
 from onenight.system.memory import GB
-from onenight.training.plan import predict_memory
+from onenight.training.costs import predict_memory
 from onenight.training.settings import TrainConfig
 
 BATCH_SIZES = (4, 8, 16, 32)

@@ -4,14 +4,19 @@ import time
 from dataclasses import dataclass, replace
 
 import common
-from changes import Lookahead, Muon, TailAverage
+from changes import TailAverage
 from configurator import setting
+from onenight.training.muon import Muon
 from onenight.training.optimizers import make_optimizers
 from onenight.training.recovery import Recovery
 from onenight.training.schedule import lr_multiplier_at
 from onenight.training.settings import TrainConfig
 from onenight.training.trainer import Progress, Trainer
 
+# EMA-Nesterov: how far ahead, and in which part of the run.
+LOOKAHEAD = 0.6
+LOOKAHEAD_FROM = 500 / 3150
+LOOKAHEAD_TO = 2400 / 3150
 EVALS = 8  # in a run, at equal distances
 
 
@@ -28,7 +33,7 @@ class ChangedConfig(TrainConfig):
     )
     normuon: bool = setting(False, "divide each row of Muon's update by the root of its moment")
     cautious: bool = setting(False, "with Muon, decay only weights that the update makes smaller")
-    lookahead: bool = setting(False, "EMA-Nesterov around both optimizers")
+    lookahead: bool = setting(False, "EMA-Nesterov for the matrices")
     tail_average: bool = setting(
         False, "at the end, blend the weights with their average over the last 12 %"
     )
@@ -36,8 +41,9 @@ class ChangedConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.normuon or self.cautious) and self.optimizer != "muon":
-            raise ValueError("normuon and cautious change Muon: they need --optimizer=muon")
+        changes_muon = self.normuon or self.cautious or self.lookahead
+        if changes_muon and self.optimizer != "muon":
+            raise ValueError("normuon, cautious and lookahead need --optimizer=muon")
 
 
 def with_length(config: ChangedConfig, iters: int) -> ChangedConfig:
@@ -60,19 +66,20 @@ class ChangedRun:
         self.trainer = trainer
         self.config = config
         self.recovery = Recovery(trainer)
-        if config.normuon or config.cautious:
-            groups = trainer.optimizers["muon"].param_groups
+        if config.optimizer == "muon":
             trainer.optimizers["muon"] = Muon(
-                groups, row_norm=config.normuon, cautious=config.cautious
+                trainer.optimizers["muon"].param_groups,
+                lr=config.learning_rate,
+                row_norm=config.normuon,
+                cautious=config.cautious,
+                lookahead=0.0 if config.lookahead else None,
+                displacement_beta=max(0.9, 1 - 32 / config.max_iters),
             )
         self.matrices = find_group(trainer, "matrices")
         self.matrix_peak_lr = self.matrices["peak_lr"]
         self.matrix_config = replace(
             config, warmdown_iters=round(config.matrix_warmdown * config.max_iters)
         )
-        self.lookahead = None
-        if config.lookahead:
-            self.lookahead = Lookahead(model.parameters(), config.max_iters)
         self.tail_average = None
         if config.tail_average:
             self.tail_average = TailAverage(model.named_parameters(), config.max_iters)
@@ -85,11 +92,11 @@ class ChangedRun:
             matrix_multiplier = lr_multiplier_at(self.matrix_config, progress.iter_num)
             # step() multiplies the peaks of all groups by the same number.
             self.matrices["peak_lr"] = self.matrix_peak_lr * matrix_multiplier / lr_multiplier
-        if self.lookahead:
-            self.lookahead.before_step(progress.iter_num, lr_multiplier)
+        if self.config.lookahead:
+            done = progress.iter_num / self.config.max_iters
+            is_on = LOOKAHEAD_FROM <= done < LOOKAHEAD_TO
+            self.matrices["lookahead"] = LOOKAHEAD * lr_multiplier if is_on else 0.0
         loss = common.step(self.trainer, self.recovery, lr_multiplier)
-        if self.lookahead:
-            self.lookahead.after_step()
         if self.tail_average:
             self.tail_average.after_step(progress.iter_num)
         return loss

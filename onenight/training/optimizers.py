@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from model import GPT
+from onenight.training.muon import Muon
 
 # The groups of parameters, in the order in which checkpoints list them, and the setting that is the
 # peak learning rate of each.
@@ -47,9 +48,8 @@ def build_adamw(groups: list[dict], config, device: torch.device) -> torch.optim
 
 
 def build_muon(groups: list[dict], config, device: torch.device) -> torch.optim.Optimizer:
-    """Muon (https://kellerjordan.github.io/posts/muon/), which makes the update of a matrix
-    orthogonal, so that it changes all directions equally."""
-    return torch.optim.Muon(groups, lr=config.learning_rate, momentum=0.95)
+    """Muon: see muon.py."""
+    return Muon(groups, lr=config.learning_rate)
 
 
 # AdamW's key is nanoGPT's.

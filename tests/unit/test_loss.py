@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -169,6 +171,21 @@ def test_the_whole_logits_never_exist():
 
     assert largest(plain_cross_entropy) == 3 * CHUNK_ROWS // 2 * V
     assert largest(linear_cross_entropy) == CHUNK_ROWS // 2 * V
+
+
+def test_more_chunks_need_no_more_memory():
+    """Beside their gradients, which are small here: 0.1 GB of logits, of 0.5 MB of inputs."""
+
+    def peak_bytes(rows):
+        with FakeTensorMode(), MemTracker() as tracker, torch.autocast("cpu", torch.bfloat16):
+            x = torch.zeros(rows, C, requires_grad=True)
+            weight = torch.zeros(50304, C, requires_grad=True)
+            linear_cross_entropy(x, weight, torch.zeros(rows, dtype=torch.long))
+        return max(size["Total"] for size in tracker.get_tracker_snapshot("peak").values())
+
+    one = peak_bytes(CHUNK_ROWS // 2)
+    assert one > 2e8
+    assert peak_bytes(3 * CHUNK_ROWS // 2) < 1.05 * one
 
 
 def test_compiled_it_has_the_same_results():

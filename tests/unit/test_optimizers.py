@@ -5,6 +5,7 @@ import torch
 
 from helpers import make_trainer, step
 from model import GPT, GPTConfig
+from onenight.training.muon import Muon
 from onenight.training.optimizers import (
     CHOICES,
     learning_rates,
@@ -71,7 +72,7 @@ def test_adamw_decays_matrices_but_not_vectors():
 
 def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest():
     _, model, optimizers = make(**MUON, weight_decay=0.05)
-    assert isinstance(optimizers["muon"], torch.optim.Muon)
+    assert isinstance(optimizers["muon"], Muon)
     assert isinstance(optimizers["optimizer"], torch.optim.AdamW)
 
     (matrices,) = optimizers["muon"].param_groups
@@ -79,8 +80,6 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert names_in(matrices, model) == is_matrix
     assert matrices["lr"] == 0.02
     assert matrices["weight_decay"] == 0.05
-    assert matrices["momentum"] == 0.95
-    assert matrices["nesterov"]
 
     groups = groups_of(optimizers["optimizer"])
     assert groups.keys() == {"vectors", "embedding", "head"}

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import read_config_file
 from helpers import flags_of, train_by_clock
 from model import GPT, GPTConfig, cross_entropy_and_gradient, linear_cross_entropy
+from onenight.training.costs import predict_memory, update_flops
 from onenight.training.optimizers import make_optimizers
-from onenight.training.plan import predict_memory, update_flops
 from onenight.training.settings import TrainConfig
 
 FOR_12_GB = ["--plan_vram_gb=12", "--plan_tflops=49"]

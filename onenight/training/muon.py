@@ -1,0 +1,140 @@
+"""Muon, the optimizer of the matrices of the blocks, with three improvements by others.
+
+Muon (https://kellerjordan.github.io/posts/muon/) makes the update of a matrix orthogonal, so that
+it changes all directions equally. Here all matrices of one shape are updated together, which is
+much faster on a GPU than one after the other.
+"""
+
+from collections import defaultdict
+
+import torch
+
+# torch.optim.Muon's coefficients and number of steps of the Newton-Schulz iteration.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+EPS = 1e-7
+MOMENTUM = 0.95
+
+# NorMuon (arXiv:2510.05491): of the moving average of a row's mean square.
+ROW_BETA = 0.95
+ROW_EPS = 1e-10
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum. Without the three improvements it is torch.optim.Muon.
+
+    Args:
+        params: matrices, or parameter groups of matrices.
+        lr: the learning rate; an update of a matrix with more rows than columns is scaled by
+            sqrt(rows / columns).
+        weight_decay: relative to lr.
+        row_norm: NorMuon: divide each row of an update, or each column if there are more of these,
+            by the root of its mean square, and keep the norm of the whole update.
+        cautious: decay only the weights that the update moves towards zero (arXiv:2510.12402).
+        lookahead: EMA-Nesterov (arXiv:2605.25395): after each update move the weights further, by
+            this multiple of their mean displacement; None: do not even keep the displacement. As
+            lr, it may change between the steps: it belongs to a group.
+        displacement_beta: of the moving average that is the mean displacement.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float,
+        weight_decay: float = 0.0,
+        row_norm: bool = False,
+        cautious: bool = False,
+        lookahead: float | None = None,
+        displacement_beta: float = 0.99,
+    ):
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "row_norm": row_norm,
+            "cautious": cautious,
+            "lookahead": lookahead,
+            "displacement_beta": displacement_beta,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for matrices in by_shape.values():
+                self.update(matrices, group)
+
+    def update(self, matrices: list[torch.Tensor], group: dict):
+        """Update matrices of one shape."""
+        rows, columns = matrices[0].shape
+        updates = orthogonal(self.directions(matrices))
+        if group["row_norm"]:
+            updates = self.divide_rows(updates, matrices)
+        lr = group["lr"]
+        updates = updates.float() * (-lr * max(1, rows / columns) ** 0.5)
+        decayed = torch.stack(matrices)
+        if group["cautious"]:
+            decayed *= updates * decayed < 0
+        updates.add_(decayed, alpha=-lr * group["weight_decay"])
+        torch._foreach_add_(matrices, list(updates))
+        if group["lookahead"] is not None:
+            self.look_ahead(matrices, updates, group)
+
+    def directions(self, matrices: list[torch.Tensor]) -> torch.Tensor:
+        """Return the gradients with Nesterov momentum: float32 (N, rows, columns)."""
+        gradients = [parameter.grad for parameter in matrices]
+        momenta = self.states("momentum_buffer", matrices, matrices)
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        return torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+
+    def divide_rows(self, updates: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
+        """Return the updates, (N, rows, columns), with NorMuon's rows."""
+        rows, columns = updates.shape[-2:]
+        squares = updates.float().square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
+        moments = self.states("row_moment", matrices, squares)
+        torch._foreach_lerp_(moments, list(squares), 1 - ROW_BETA)
+        divided = updates * torch.stack(moments).clamp(min=ROW_EPS).rsqrt()
+        return divided * (matrix_norm(updates) / matrix_norm(divided).clamp(min=ROW_EPS))
+
+    def look_ahead(self, matrices: list[torch.Tensor], updates: torch.Tensor, group: dict):
+        """Move the weights further along the moving average of their displacement, which in an
+        iteration is the update and the movement ahead before it."""
+        distance = group["lookahead"]
+        rate = 1 - group["displacement_beta"]
+        displacements = self.states("displacement", matrices, matrices)
+        torch._foreach_mul_(displacements, 1 - rate * (1 - distance))
+        torch._foreach_add_(displacements, list(updates), alpha=rate)
+        torch._foreach_add_(matrices, displacements, alpha=distance)
+
+    def states(self, name: str, matrices: list[torch.Tensor], like) -> list[torch.Tensor]:
+        """Return the state of that name of each matrix; at first zeros, in the shapes of `like`."""
+        states = []
+        for parameter, example in zip(matrices, like):
+            state = self.state[parameter]
+            if name not in state:
+                state[name] = torch.zeros_like(example)
+            states.append(state[name])
+        return states
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Return the matrices, (N, rows, columns), with all singular values near 1, in bfloat16."""
+    x = matrices.bfloat16()
+    is_tall = x.size(-2) > x.size(-1)
+    if is_tall:
+        x = x.mT
+    x = x / matrix_norm(x).clamp(min=EPS)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if is_tall else x
+
+
+def matrix_norm(matrices: torch.Tensor) -> torch.Tensor:
+    """Return the Frobenius norms of matrices, (N, rows, columns), as (N, 1, 1)."""
+    return matrices.norm(dim=(-2, -1), keepdim=True)
