@@ -40,7 +40,7 @@ from onenight.system.locks import lock_folder
 from onenight.system.memory import peak_memory_gb
 from onenight.system.wording import duration
 from onenight.training.clock import Clock, awake_seconds
-from onenight.training.optimizers import learning_rates, set_learning_rates
+from onenight.training.optimizers import learning_rates
 from onenight.training.page import write_page
 from onenight.training.plan import make_plan, measure_ceiling, print_plan
 from onenight.training.run import Run
@@ -150,6 +150,9 @@ def train(run: Run) -> str:
             # If the weights cannot be trusted, go back to the last checkpoint
             recovery.go_back_if_needed(check_weights=run.evaluation_is_due())
 
+            # The learning rates of the next iteration
+            run.schedule.set_rates(trainer.optimizers, run.progress)
+
             # Evaluate, sample and save when it is due
             if run.evaluation_is_due():
                 evaluate(run)
@@ -167,12 +170,8 @@ def train(run: Run) -> str:
                     "continue, resume with a larger --early_stop_patience, or 0"
                 )
 
-            # The learning rate of this iteration
-            started = run.clock.now()
-            lr_multiplier = run.schedule.lr_multiplier(run.progress)
-            set_learning_rates(trainer.optimizers, lr_multiplier)
-
             # The gradients, over micro-batches that become smaller if memory runs out
+            started = run.clock.now()
             loss = recovery.within_memory(forward_backward, trainer)
             loss = trainer.sum_over_processes(loss)
 
@@ -188,7 +187,7 @@ def train(run: Run) -> str:
                 print(f"the machine slept for {duration(slept_s)}, which does not count")
             is_logged = (run.progress.iter_num - 1) % run.config.log_interval == 0
             if is_logged or run.clock.log_is_due():
-                log(run, loss, grad_norm, lr_multiplier)
+                log(run, loss, grad_norm)
     except StopRequested:
         recovery.go_back_if_needed(check_weights=True)
         save(run)
@@ -256,7 +255,7 @@ def record_evaluation(run: Run, train_loss: float, val_loss: float):
         "val_loss": val_loss,
         "train_loss_eval": train_loss,
         "elapsed_s": round(run.clock.elapsed(), 2),
-        **learning_rates(run.config, run.schedule.lr_multiplier(run.progress)),
+        **learning_rates(run.trainer.optimizers, run.config),
     }
     sample = run.trainer.sample()
     if sample:
@@ -268,7 +267,7 @@ def record_evaluation(run: Run, train_loss: float, val_loss: float):
     write_page(run)
 
 
-def log(run: Run, loss: float, grad_norm: float, lr_multiplier: float):
+def log(run: Run, loss: float, grad_norm: float):
     """Print a line about the iteration just done, and record it."""
     config = run.config
     iter_num = run.progress.iter_num - 1
@@ -277,7 +276,7 @@ def log(run: Run, loss: float, grad_norm: float, lr_multiplier: float):
         "tokens": run.progress.tokens - config.tokens_per_iter,
         "train_loss": loss,
         "grad_norm": grad_norm,
-        **learning_rates(config, lr_multiplier),
+        **learning_rates(run.trainer.optimizers, config),
     }
     line = f"iter {iter_num}: loss {loss:.4f}, time {run.clock.last_s * 1000:.2f}ms"
     line += f", grad norm {grad_norm:.2f}"

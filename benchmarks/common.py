@@ -22,7 +22,6 @@ import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
 
 import torch
 
-from onenight.training.optimizers import set_learning_rates
 from onenight.training.recovery import Recovery
 from onenight.training.trainer import Trainer
 from train import clip_and_update, forward_backward
@@ -41,15 +40,14 @@ GPT2_SHAPE = {
 # ---- training
 
 
-def step(trainer: Trainer, recovery: Recovery, lr_multiplier: float = 1.0) -> float:
+def step(trainer: Trainer, recovery: Recovery) -> float:
     """Train for one iteration, as the loop of train.py does, and return its loss.
 
-    `lr_multiplier` is the learning rate as a multiple of its peak. Raises UserError if the loss or
-    the gradient was not finite several times in a row, or if memory ran out in an update: a
-    benchmark has no checkpoint to return to.
+    The learning rates are those that the optimizers have. Raises UserError if the loss or the
+    gradient was not finite several times in a row, or if memory ran out in an update: a benchmark
+    has no checkpoint to return to.
     """
     recovery.go_back_if_needed()
-    set_learning_rates(trainer.optimizers, lr_multiplier)
     loss = recovery.within_memory(forward_backward, trainer)
     loss = trainer.sum_over_processes(loss)
     recovery.guard_update(clip_and_update, loss)

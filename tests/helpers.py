@@ -20,7 +20,6 @@ from configurator import UserError
 from onenight.system.cards import Speed
 from onenight.system.distributed import Ranks
 from onenight.training.clock import Clock
-from onenight.training.optimizers import set_learning_rates
 from onenight.training.plan import make_plan
 from onenight.training.recovery import Recovery
 from onenight.training.run import Run
@@ -188,7 +187,9 @@ def make_run(trainer, out_dir, *, now=time.monotonic, ceiling=1.0):
 def step(trainer, recovery=None, lr_multiplier=1.0):
     """Do one iteration as train.py's loop does. Return the loss and the norm of the gradient."""
     recovery = recovery or Recovery(trainer)
-    set_learning_rates(trainer.optimizers, lr_multiplier)
+    for optimizer in trainer.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr_multiplier * group["peak_lr"]
     loss = recovery.within_memory(train_script.forward_backward, trainer)
     loss = trainer.sum_over_processes(loss)
     grad_norm = recovery.guard_update(train_script.clip_and_update, loss)

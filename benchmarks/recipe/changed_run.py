@@ -6,17 +6,13 @@ from dataclasses import dataclass, replace
 import common
 from changes import TailAverage
 from configurator import setting
-from onenight.training.muon import Muon
+from int8 import PRODUCTS, use_int8
 from onenight.training.optimizers import make_optimizers
 from onenight.training.recovery import Recovery
-from onenight.training.schedule import lr_multiplier_at
+from onenight.training.schedule import LOOKAHEAD, set_rates
 from onenight.training.settings import TrainConfig
 from onenight.training.trainer import Progress, Trainer
 
-# EMA-Nesterov: how far ahead, and in which part of the run.
-LOOKAHEAD = 0.6
-LOOKAHEAD_FROM = 500 / 3150
-LOOKAHEAD_TO = 2400 / 3150
 EVALS = 8  # in a run, at equal distances
 
 
@@ -33,10 +29,12 @@ class ChangedConfig(TrainConfig):
     )
     normuon: bool = setting(False, "divide each row of Muon's update by the root of its moment")
     cautious: bool = setting(False, "with Muon, decay only weights that the update makes smaller")
-    lookahead: bool = setting(False, "EMA-Nesterov for the matrices")
+    lookahead: float = setting(0.0, "EMA-Nesterov's lookahead of the matrices", low=0)
     tail_average: bool = setting(
         False, "at the end, blend the weights with their average over the last 12 %"
     )
+    int8: str = setting("", f"products of the blocks from int8: some of {','.join(PRODUCTS)}")
+    int8_last: bool = setting(False, "with int8, also those of the MLP's last layer")
     float32_stream: bool = setting(False, "carry the residual stream in float32, not bfloat16")
 
     def __post_init__(self):
@@ -44,6 +42,8 @@ class ChangedConfig(TrainConfig):
         changes_muon = self.normuon or self.cautious or self.lookahead
         if changes_muon and self.optimizer != "muon":
             raise ValueError("normuon, cautious and lookahead need --optimizer=muon")
+        if not set(self.int8.split(",")) <= {"", *PRODUCTS}:
+            raise ValueError(f"int8 must be some of {','.join(PRODUCTS)}, not {self.int8}")
 
 
 def with_length(config: ChangedConfig, iters: int) -> ChangedConfig:
@@ -54,6 +54,7 @@ def with_length(config: ChangedConfig, iters: int) -> ChangedConfig:
         lr_decay_iters=iters,
         warmup_iters=round(config.warmup * iters),
         warmdown_iters=round(config.warmdown * iters),
+        matrix_warmdown_iters=round(config.matrix_warmdown * iters),
     )
 
 
@@ -67,19 +68,11 @@ class ChangedRun:
         self.config = config
         self.recovery = Recovery(trainer)
         if config.optimizer == "muon":
-            trainer.optimizers["muon"] = Muon(
-                trainer.optimizers["muon"].param_groups,
-                lr=config.learning_rate,
-                row_norm=config.normuon,
-                cautious=config.cautious,
-                lookahead=0.0 if config.lookahead else None,
-                displacement_beta=max(0.9, 1 - 32 / config.max_iters),
-            )
-        self.matrices = find_group(trainer, "matrices")
-        self.matrix_peak_lr = self.matrices["peak_lr"]
-        self.matrix_config = replace(
-            config, warmdown_iters=round(config.matrix_warmdown * config.max_iters)
-        )
+            (self.matrices,) = trainer.optimizers["muon"].param_groups
+            self.matrices["row_norm"] = config.normuon
+            self.matrices["cautious"] = config.cautious
+        if config.int8:
+            use_int8(model, tuple(config.int8.split(",")), config.int8_last)
         self.tail_average = None
         if config.tail_average:
             self.tail_average = TailAverage(model.named_parameters(), config.max_iters)
@@ -87,16 +80,10 @@ class ChangedRun:
     def step(self) -> float:
         """Train for one iteration of the schedule, and return its loss."""
         progress = self.trainer.progress
-        lr_multiplier = lr_multiplier_at(self.config, progress.iter_num)
-        if self.config.matrix_warmdown:
-            matrix_multiplier = lr_multiplier_at(self.matrix_config, progress.iter_num)
-            # step() multiplies the peaks of all groups by the same number.
-            self.matrices["peak_lr"] = self.matrix_peak_lr * matrix_multiplier / lr_multiplier
-        if self.config.lookahead:
-            done = progress.iter_num / self.config.max_iters
-            is_on = LOOKAHEAD_FROM <= done < LOOKAHEAD_TO
-            self.matrices["lookahead"] = LOOKAHEAD * lr_multiplier if is_on else 0.0
-        loss = common.step(self.trainer, self.recovery, lr_multiplier)
+        set_rates(self.trainer.optimizers, self.config, progress.iter_num)
+        if self.config.optimizer == "muon":
+            self.matrices["lookahead"] *= self.config.lookahead / LOOKAHEAD
+        loss = common.step(self.trainer, self.recovery)
         if self.tail_average:
             self.tail_average.after_step(progress.iter_num)
         return loss
@@ -137,15 +124,6 @@ class ChangedRun:
                 elapsed = time.perf_counter() - started
                 print(f"iter {iter_num}: val loss {loss:.4f}, {elapsed:.0f}s", flush=True)
         return evaluations, seconds
-
-
-def find_group(trainer: Trainer, name: str) -> dict:
-    """Return the parameter group of that name."""
-    for optimizer in trainer.optimizers.values():
-        for group in optimizer.param_groups:
-            if group["name"] == name:
-                return group
-    raise KeyError(name)
 
 
 def start_anew(trainer: Trainer, weights: dict, config: ChangedConfig):

@@ -2,7 +2,7 @@
 Compares recipes at full size on a large GPU: the 124M model of config/train_fineweb_4070_fast.py.
 
     python benchmarks/recipe/gpu_ab.py --dataset=FOLDER --minutes=4
-    python benchmarks/recipe/gpu_ab.py --dataset=FOLDER --arms=today,stack --save=FILE.json
+    python benchmarks/recipe/gpu_ab.py --dataset=FOLDER --arms=plain,stack --save=FILE.json
 
 FOLDER contains train.bin and val.bin with GPT-2 ids. The arms (see ARMS) are trained one after the
 other, each in a process of its own; if one fails, the others still run. All have the same seed, the
@@ -18,7 +18,7 @@ batch with --batch_size and --gradient_accumulation_steps. Any other setting of 
 arms.
 
 It prints the val loss (on 524,288 tokens) after each eighth of the run, the tokens/s without
-evaluations and compiling, and the differences to the arm `today`. --save writes the figures as JSON
+evaluations and compiling, and the differences to the arm `plain`. --save writes the figures as JSON
 after each arm. Without a GPU a tiny model is trained, which shows only that the script works.
 """
 
@@ -47,31 +47,33 @@ from onenight.system.distributed import Ranks
 from onenight.system.json_files import write_json
 from onenight.system.memory import peak_memory_gb
 from onenight.training.optimizers import GROUPS
+from onenight.training.schedule import LOOKAHEAD
 from onenight.training.settings import resolve
 from onenight.training.trainer import Trainer
 
-# The recipe of modded-nanogpt's track 3 (see changes.py), whose iterations have 524,288 tokens.
+# The arms in their order, and the settings in which they differ from the config. `plain` is Muon
+# without improvements, with nanochat's learning rates; `stack` is the config's recipe.
+PLAIN = {
+    "learning_rate": 0.014,
+    "embedding_lr": 0.2,
+    "head_lr": 0.0055,
+    "weight_decay": 0.05,
+    "warmdown": 0.7,
+}
 STACK = {
-    "reference_tokens": 524_288,
-    "learning_rate": 0.035,
-    "embedding_lr": 0.7,
-    "head_lr": 0.004,
-    "vector_lr": 0.015,
-    "weight_decay": 0.025,
-    "matrix_warmdown": 0.8,
-    "warmdown": 0.4,
     "normuon": True,
     "cautious": True,
-    "lookahead": True,
-    "tail_average": True,
+    "lookahead": LOOKAHEAD,
+    "matrix_warmdown": 0.8,
+    "warmdown": 0.4,
 }
-# The arms in their order, and the settings in which they differ from the config.
 ARMS = {
-    "today": {"reference_tokens": 262_144, "warmdown": 0.7},
+    "plain": PLAIN,
     "stack": STACK,
     "stack-float32-residual": {**STACK, "float32_stream": True},
 }
-BASE = "today"
+BASE = "plain"
+REFERENCE_TOKENS = 262_144  # an iteration of the config, for which the rates are given
 
 CONFIG = "config/train_fineweb_4070_fast.py"
 DEFAULTS = {"batch_size": 32, "gradient_accumulation_steps": 2, "warmup": 0.01, "eval_iters": 32}
@@ -94,9 +96,6 @@ class AbConfig(ChangedConfig):
     minutes: float = setting(4.0, "training time of all arms together, without compiling", above=0)
     arms: str = setting(",".join(ARMS), "arms to train, separated by commas")
     iters: int = setting(0, "iterations of each arm; 0: as many as the minutes allow", low=0)
-    reference_tokens: int = setting(
-        262_144, "tokens per iteration for which the learning rates are given", low=1
-    )
     save: str = setting("", "JSON file for the figures", path=True)
     arm: str = setting("", "train only this arm, in this process; print JSON")
 
@@ -285,8 +284,8 @@ def train_arm(config: AbConfig) -> dict:
 
 def with_scaled_rates(config: AbConfig) -> AbConfig:
     """Return the settings with the peak learning rates for the tokens of this iteration: those
-    given, times the square root of its ratio to reference_tokens."""
-    factor = math.sqrt(config.tokens_per_iter / config.reference_tokens)
+    given, times the square root of its ratio to REFERENCE_TOKENS."""
+    factor = math.sqrt(config.tokens_per_iter / REFERENCE_TOKENS)
     rates = {name: factor * getattr(config, name) for name in GROUPS.values()}
     return replace(config, **rates)
 

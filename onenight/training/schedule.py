@@ -11,14 +11,23 @@ import bisect
 import math
 from dataclasses import replace
 
+import torch
+
 from configurator import UserError
 from onenight.system.distributed import Ranks
 from onenight.system.wording import duration
 from onenight.training.clock import SAVE_S, Clock
 from onenight.training.settings import TrainConfig, config_file_values, flag_names
 
-SETTINGS = ("min_lr", "warmup_iters", "warmdown_iters")  # for the model card
-LENGTHS = ("warmup_iters", "warmdown_iters", "lr_decay_iters")  # they belong to max_iters
+# For the model card.
+SETTINGS = ("min_lr", "warmup_iters", "warmdown_iters", "matrix_warmdown_iters")
+# These belong to max_iters.
+LENGTHS = ("warmup_iters", "warmdown_iters", "matrix_warmdown_iters", "lr_decay_iters")
+# Muon's lookahead as a multiple of the learning rate's, and the part of the run that has it: result
+# 39 of modded-nanogpt's track 3, in iterations of its 3,150.
+LOOKAHEAD = 0.6
+LOOKAHEAD_FROM = 500 / 3150
+LOOKAHEAD_TO = 2400 / 3150
 
 
 def fit_to_max_iters(config: TrainConfig, arguments: list[str]) -> TrainConfig:
@@ -66,6 +75,9 @@ def describe_schedule(config: TrainConfig) -> str:
         decay_start = config.lr_decay_iters - config.warmdown_iters
         if decay_start > config.warmup_iters:
             phases.append(f"constant to {at(decay_start)}")
+            if config.matrix_warmdown_iters:
+                matrix_start = config.lr_decay_iters - config.matrix_warmdown_iters
+                phases[-1] += f" (the matrices to {at(max(matrix_start, config.warmup_iters))})"
     phases.append(f"{decay} to {config.min_lr:g} at {at(config.lr_decay_iters)}")
     return ", ".join(phases)
 
@@ -80,12 +92,13 @@ def schedule_warnings(config: TrainConfig) -> list[str]:
             f"max_iters={config.max_iters}"
         ]
     warnings = []
-    decay_start = config.lr_decay_iters - config.warmdown_iters
-    if config.warmdown_iters and decay_start < config.warmup_iters:
-        warnings.append(
-            f"the decay of {config.warmdown_iters:,} iterations begins before the warmup ends, so "
-            "the learning rate falls abruptly; set a smaller --warmdown_iters"
-        )
+    for key in ("warmdown_iters", "matrix_warmdown_iters"):
+        iters = getattr(config, key)
+        if iters and config.lr_decay_iters - iters < config.warmup_iters:
+            warnings.append(
+                f"the decay of {iters:,} iterations begins before the warmup ends, so the learning "
+                f"rate falls abruptly; set a smaller --{key}"
+            )
     last = lr_multiplier_at(config, config.max_iters)
     lowest = lr_multiplier_at(config, max(config.max_iters, config.lr_decay_iters))
     if last > lowest + 0.1:
@@ -102,20 +115,34 @@ def schedule_warnings(config: TrainConfig) -> list[str]:
     return warnings
 
 
-def lr_multiplier_at(config: TrainConfig, place: float) -> float:
+def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: TrainConfig, place: float):
+    """Set the learning rate of each group, and Muon's lookahead, for the iteration at `place`."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            multiplier = lr_multiplier_at(config, place, group["name"])
+            group["lr"] = multiplier * group["peak_lr"]
+            if "lookahead" in group:
+                looks_ahead = LOOKAHEAD_FROM <= place / config.max_iters < LOOKAHEAD_TO
+                group["lookahead"] = LOOKAHEAD * multiplier if looks_ahead else 0.0
+
+
+def lr_multiplier_at(config: TrainConfig, place: float, group: str = "") -> float:
     """Return the learning rate at `place`, an iteration or between two, as a multiple of its peak.
 
     After a linear warmup it follows nanoGPT's cosine down to min_lr or, with warmdown_iters, a
     trapezoid (arXiv:2405.18392): constant, then linear down to min_lr. After lr_decay_iters it is
-    min_lr.
+    min_lr. The group "matrices" may have a trapezoid of its own.
     """
     if not config.decay_lr:
         return 1.0
     if place < config.warmup_iters:
         return (place + 1) / (config.warmup_iters + 1)
     lowest = config.min_lr / config.learning_rate if config.learning_rate else 0.0
-    if config.warmdown_iters:
-        left = (config.lr_decay_iters - place) / config.warmdown_iters
+    warmdown_iters = config.warmdown_iters
+    if group == "matrices" and config.matrix_warmdown_iters:
+        warmdown_iters = config.matrix_warmdown_iters
+    if warmdown_iters:
+        left = (config.lr_decay_iters - place) / warmdown_iters
         return lowest + (1 - lowest) * min(1.0, max(0.0, left))
     decayed = (place - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, decayed)))
@@ -131,11 +158,19 @@ class Schedule:
         self.ranks = ranks
         self.eval_tokens = eval_tokens
 
+    def place(self, progress) -> float:
+        """Return where in the schedule the next iteration is, in its iterations."""
+        if self.config.hours:
+            return progress.fraction * self.config.max_iters
+        return progress.iter_num
+
     def lr_multiplier(self, progress) -> float:
         """Return the learning rate of the next iteration as a multiple of its peak."""
-        if self.config.hours:
-            return lr_multiplier_at(self.config, progress.fraction * self.config.max_iters)
-        return lr_multiplier_at(self.config, progress.iter_num)
+        return lr_multiplier_at(self.config, self.place(progress))
+
+    def set_rates(self, optimizers: dict[str, torch.optim.Optimizer], progress):
+        """Set the learning rates of the next iteration."""
+        set_rates(optimizers, self.config, self.place(progress))
 
     def is_over(self, progress) -> bool:
         """Return whether the run has reached its end."""

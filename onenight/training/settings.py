@@ -100,6 +100,9 @@ class TrainConfig:
     warmdown_iters: int = setting(
         0, "decay linearly to min_lr over the last N iterations; 0: cosine decay", low=0
     )
+    matrix_warmdown_iters: int = setting(
+        0, "the same for the matrices alone; 0: as all others", low=0
+    )
     lr_decay_iters: int = setting(
         600000, "iteration at which the decay reaches min_lr; usually max_iters"
     )

@@ -5,9 +5,11 @@ import json
 import math
 
 import pytest
+import torch
 
 from configurator import UserError
 from helpers import ROOT, TINY, run
+from model import GPT, GPTConfig
 from onenight.system.distributed import Ranks
 from onenight.training.trainer import Trainer
 
@@ -44,7 +46,7 @@ def row_arguments(bins, row, save, *changes):
 
 def test_a_row_is_saved_with_its_changes(import_module, bins, tmp_path):
     save = tmp_path / "rows.jsonl"
-    changes = ("normuon", "cautious", "lookahead", "tail_average", "matrix_warmdown=0.8")
+    changes = ("normuon", "cautious", "lookahead=0.6", "tail_average", "matrix_warmdown=0.8")
     import_module("run").main(row_arguments(bins, "muon-qwen3", save))
     script = "benchmarks/recipe/run.py"
     result = run(script, *row_arguments(bins, "muon-qwen3", save, *changes))
@@ -68,9 +70,53 @@ def test_a_change_to_muon_is_refused_for_adamw(import_module, bins, tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# int8.py
+
+
+def test_products_from_int8_are_those_of_rounded_operands(import_module):
+    int8 = import_module("int8")
+    torch.manual_seed(0)
+    a = torch.randn(24, 40)
+    b = torch.randn(40, 32)
+    a_scale = a.abs().amax(1, keepdim=True) / 127
+    b_scale = b.abs().amax(0, keepdim=True) / 127
+    a_integers = (a / a_scale).round().to(torch.int8)
+    b_integers = (b / b_scale).round().to(torch.int8)
+    exact = torch._int_mm(a_integers, b_integers) * a_scale * b_scale
+    # In float32 the only differences are quotients next to a half, which may round otherwise.
+    one_unit = a_scale * b_scale * 127
+    result = int8.multiply(a, b, from_int8=True)
+    assert ((result - exact).abs() < 1e-4 + one_unit).all()
+    # In bfloat16 the product and the result are rounded as well, to 8 bits.
+    narrow = int8.multiply(a.bfloat16(), b.bfloat16(), from_int8=True).float()
+    assert (narrow - exact).norm() < 2**-6 * exact.norm()
+    assert (narrow - a @ b).norm() > 2**-9 * exact.norm()
+
+
+def test_only_the_asked_products_of_the_asked_layers_are_from_int8(import_module, monkeypatch):
+    int8 = import_module("int8")
+    calls = []
+    multiply = int8.multiply
+
+    def noted(a, b, from_int8):
+        calls.append(from_int8)
+        return multiply(a, b, from_int8)
+
+    monkeypatch.setattr(int8, "multiply", noted)
+    gpt = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, bias=False))
+    int8.use_int8(gpt, ("output", "grad_weight"), last_of_mlp=False)
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    gpt(ids, ids)[1].backward()
+    assert type(gpt.transformer.h[0].mlp.c_proj) is torch.nn.Linear
+    # Three layers forward, and each with two products backward.
+    assert calls[:3] == [True] * 3
+    assert calls[3:] == [False, True] * 3
+
+
+# -----------------------------------------------------------------------------
 # gpu_ab.py
 
-ALL_ARMS = ["today", "stack", "stack-float32-residual"]
+ALL_ARMS = ["plain", "stack", "stack-float32-residual"]
 
 
 @pytest.fixture
@@ -100,25 +146,25 @@ def test_the_arms_are_trained_to_the_same_length_and_compared(compare, tmp_path)
         assert losses[-1] < losses[0]
         assert figures["tokens_per_s"] > 0
     rate = 0.014 * math.sqrt(2048 / 262_144)
-    assert arms["today"]["learning_rates"]["learning_rate"] == pytest.approx(rate)
-    rate = 0.7 * math.sqrt(2048 / 524_288)
+    assert arms["plain"]["learning_rates"]["learning_rate"] == pytest.approx(rate)
+    rate = 0.5 * math.sqrt(2048 / 262_144)
     assert arms["stack"]["learning_rates"]["embedding_lr"] == pytest.approx(rate)
 
-    today, stack = [arms[name]["val_loss"][-1][1] for name in ("today", "stack")]
-    assert today != stack
-    words = f"stack: val loss {stack:.4f} ({stack - today:+.4f} against today)"
+    plain, stack = [arms[name]["val_loss"][-1][1] for name in ("plain", "stack")]
+    assert plain != stack
+    words = f"stack: val loss {stack:.4f} ({stack - plain:+.4f} against plain)"
     assert any(line.startswith(words) for line in printed)
-    (row,) = [line for line in printed if line.startswith("| stack - today")]
-    assert row.split(" | ")[8] == f"{stack - today:+.4f}"
+    (row,) = [line for line in printed if line.startswith("| stack - plain")]
+    assert row.split(" | ")[8] == f"{stack - plain:+.4f}"
 
 
 def test_a_failed_arm_is_a_line_and_the_others_are_trained(compare, tmp_path):
     path = tmp_path / "arms.json"
     # AdamW is an optimizer of the one arm, and impossible with the changes of the other.
-    printed = compare("--arms=stack,today", "--optimizer=adamw", "--iters=8", f"--save={path}")
+    printed = compare("--arms=stack,plain", "--optimizer=adamw", "--iters=8", f"--save={path}")
     arms = json.loads(path.read_text())["arms"]
     assert "need --optimizer=muon" in arms["stack"]["failed"]
-    assert arms["today"]["iterations"] == 8
+    assert arms["plain"]["iterations"] == 8
     for beginning in ("stack: failed: ", "| stack | failed: "):
         assert any(line.startswith(beginning) for line in printed)
 
@@ -130,7 +176,7 @@ def test_the_first_arm_that_does_not_fail_sets_the_length(import_module, bins, m
 
     def run_alone(name, arguments, iters):
         lengths.append(iters)
-        return {"failed": "no reason"} if name == "today" else trained
+        return {"failed": "no reason"} if name == "plain" else trained
 
     monkeypatch.setattr(gpu_ab, "run_alone", run_alone)
     config = gpu_ab.read_settings([f"--dataset={bins}", "--device=cpu"])

@@ -10,9 +10,9 @@ from onenight.training.optimizers import (
     CHOICES,
     learning_rates,
     make_optimizers,
-    set_learning_rates,
     state_numbers,
 )
+from onenight.training.schedule import set_rates
 from onenight.training.settings import TrainConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
@@ -80,6 +80,8 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert names_in(matrices, model) == is_matrix
     assert matrices["lr"] == 0.02
     assert matrices["weight_decay"] == 0.05
+    assert matrices["row_norm"]
+    assert matrices["cautious"]
 
     groups = groups_of(optimizers["optimizer"])
     assert groups.keys() == {"vectors", "embedding", "head"}
@@ -128,15 +130,15 @@ def test_each_update_of_muon_has_the_size_of_its_learning_rate(bins):
 
 
 def test_the_learning_rates_are_a_multiple_of_their_peaks():
-    config, _, optimizers = make(**MUON)
-    set_learning_rates(optimizers, 0.25)
-    set_learning_rates(optimizers, 0.5)  # of the peaks, not of the last ones
+    config, _, optimizers = make(**MUON, warmup_iters=3, max_iters=100)
+    set_rates(optimizers, config, 0)
+    set_rates(optimizers, config, 1)  # half of the peaks, not of the last ones
     rates = {}
     for optimizer in optimizers.values():
         for name, group in groups_of(optimizer).items():
             rates[name] = group["lr"]
     assert rates == {"matrices": 0.01, "vectors": 0.005, "embedding": 0.15, "head": 0.002}
-    assert learning_rates(config, 0.5) == {
+    assert learning_rates(optimizers, config) == {
         "lr": 0.01,
         "lr_vectors": 0.005,
         "lr_embedding": 0.15,
@@ -145,8 +147,8 @@ def test_the_learning_rates_are_a_multiple_of_their_peaks():
 
 
 def test_only_the_rates_that_are_set_are_recorded():
-    config, _, _ = make(learning_rate=1e-3, embedding_lr=1e-2)
-    assert learning_rates(config, 1.0) == {"lr": 1e-3, "lr_embedding": 1e-2}
+    config, _, optimizers = make(learning_rate=1e-3, embedding_lr=1e-2)
+    assert learning_rates(optimizers, config) == {"lr": 1e-3, "lr_embedding": 1e-2}
 
 
 # -----------------------------------------------------------------------------

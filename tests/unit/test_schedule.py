@@ -6,6 +6,7 @@ Whole runs by the clock are in tests/faults/test_hours.py.
 import math
 
 import pytest
+import torch
 
 from configurator import UserError, configure
 from onenight.system.distributed import Ranks
@@ -16,6 +17,7 @@ from onenight.training.schedule import (
     fit_to_max_iters,
     lr_multiplier_at,
     schedule_warnings,
+    set_rates,
 )
 from onenight.training.settings import TrainConfig
 from onenight.training.trainer import Progress
@@ -41,6 +43,43 @@ def test_the_trapezoid_is_constant_and_then_linear():
     )
     multipliers = [lr_multiplier_at(config, place) for place in (0, 10, 30, 65, 100, 200)]
     assert multipliers == pytest.approx([1 / 11, 1.0, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_the_matrices_may_have_a_decay_of_their_own():
+    config = TrainConfig(
+        learning_rate=0.02,
+        min_lr=0.0,
+        warmup_iters=0,
+        warmdown_iters=40,
+        matrix_warmdown_iters=80,
+        lr_decay_iters=100,
+    )
+    assert [lr_multiplier_at(config, place, "matrices") for place in (20, 60, 90)] == [
+        pytest.approx(left) for left in (1.0, 0.5, 0.125)
+    ]
+    assert [lr_multiplier_at(config, place, "head") for place in (20, 60, 90)] == [
+        pytest.approx(left) for left in (1.0, 1.0, 0.25)
+    ]
+
+
+def test_the_lookahead_follows_the_rate_in_the_middle_of_the_run():
+    config = TrainConfig(
+        optimizer="muon",
+        embedding_lr=0.1,
+        warmup_iters=0,
+        warmdown_iters=50,
+        min_lr=0.0,
+        lr_decay_iters=100,
+        max_iters=100,
+    )
+    group = {"name": "matrices", "peak_lr": 0.02, "lookahead": 0.0}
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], **group}])
+    (group,) = optimizer.param_groups
+    lookaheads = []
+    for place in (0, 15, 16, 50, 75, 76.2):
+        set_rates({"muon": optimizer}, config, place)
+        lookaheads.append(group["lookahead"])
+    assert lookaheads == pytest.approx([0.0, 0.0, 0.6, 0.6, 0.3, 0.0])
 
 
 def test_without_decay_the_rate_is_constant():

@@ -1,0 +1,73 @@
+"""Matrix products of int8 in the blocks, for their effect on the loss; not for speed.
+
+The operands are rounded as torchao rounds them (prototype.quantized_training): each row of the left
+one and each column of the right one is divided by its largest absolute value and rounded to a
+multiple of 1/127. The products of these integers are then computed in the dtype of the operands:
+bfloat16 represents integers up to 256 exactly.
+"""
+
+import torch
+from torch import nn
+
+from model import GPT, to_autocast_dtype
+
+# What may be computed from int8, in torchao's words.
+PRODUCTS = ("output", "grad_input", "grad_weight")
+
+
+def use_int8(model: GPT, products: tuple[str, ...], last_of_mlp: bool):
+    """Compute these PRODUCTS of the linear layers of the blocks from int8; those of the MLP's last
+    layer only if `last_of_mlp`."""
+    for block in model.transformer.h:
+        layers = [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_gate]
+        if last_of_mlp:
+            layers.append(block.mlp.c_proj)
+        for layer in layers:
+            if layer is not None:
+                layer.__class__ = Int8Linear
+                layer.products = products
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer without a bias, some of whose `products` are computed from int8."""
+
+    products: tuple[str, ...] = ()
+
+    def forward(self, x):
+        x = to_autocast_dtype(x)
+        y = _Int8Products.apply(x.flatten(0, -2), self.weight, self.products)
+        return y.view(*x.shape[:-1], -1)
+
+
+class _Int8Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, products):
+        ctx.save_for_backward(x, weight)
+        ctx.products = products
+        return multiply(x, weight.to(x.dtype).T, "output" in products)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = multiply(grad, weight.to(x.dtype), "grad_input" in ctx.products)
+        grad_weight = multiply(grad.T, x, "grad_weight" in ctx.products)
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor, from_int8: bool) -> torch.Tensor:
+    """Return the product of two matrices, optionally with both rounded to int8."""
+    if not from_int8:
+        return a @ b
+    a_integers, a_scale = to_integers(a)
+    b_integers, b_scale = to_integers(b.T)
+    product = (a_integers @ b_integers.T).float()
+    return (product * a_scale[:, None] * b_scale).to(a.dtype)
+
+
+def to_integers(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the matrix with its rows divided by their scales and rounded to integers of at most
+    127, in its dtype, and the scales, in its dtype."""
+    scale = matrix.abs().amax(1) / 127
+    inverse = 1.0 / scale.float().clip(1e-12)
+    integers = (matrix.float() * inverse[:, None]).round().clip(-128, 127)
+    return integers.to(matrix.dtype), scale
