@@ -71,6 +71,8 @@ class ChangedRun:
             (self.matrices,) = trainer.optimizers["muon"].param_groups
             self.matrices["row_norm"] = config.normuon
             self.matrices["cautious"] = config.cautious
+            if not config.lookahead:
+                self.matrices["lookahead"] = None
         if config.int8:
             use_int8(model, tuple(config.int8.split(",")), config.int8_last)
         self.tail_average = None
@@ -81,7 +83,7 @@ class ChangedRun:
         """Train for one iteration of the schedule, and return its loss."""
         progress = self.trainer.progress
         set_rates(self.trainer.optimizers, self.config, progress.iter_num)
-        if self.config.optimizer == "muon":
+        if self.config.lookahead:
             self.matrices["lookahead"] *= self.config.lookahead / LOOKAHEAD
         loss = common.step(self.trainer, self.recovery)
         if self.tail_average:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 # How fast training is, relative to what it would be at a card's rated speeds. nanochat's d12 was
 # reported to train 55,700 tokens/s on an RTX 4070; the products and the bytes of its compiled
-# kernels allow 49,700 at the rated 58.3 TFLOP/s and 504 GB/s. Cards often clock higher than rated.
+# kernels (benchmarks/LOG.md) would allow 49,700 at the rated 58.3 TFLOP/s and 504 GB/s. A card
+# clocks higher than rated, and some of the bytes never leave its L2 cache of 36 MB.
 REACHED_PER_RATED = 1.12
 
 

@@ -17,6 +17,7 @@ from onenight.system.wording import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEASURE_S = 0.5  # how long measure_tflops() and measure_bandwidth() measure
+COPIES = 4  # at once: a GPU copies faster than it can be told to
 # What compilers and the system say of a folder for temporary files that is full, or from which
 # nothing may be executed (noexec).
 UNUSABLE_FOLDER = re.compile(
@@ -187,7 +188,7 @@ def measure_bandwidth(device: torch.device) -> float:
     seconds = fastest(time_copy, source, target)
     del source, target
     torch.cuda.empty_cache()
-    return 2 * size / seconds / 1e9
+    return COPIES * 2 * size / seconds / 1e9
 
 
 def fastest(time_once: Callable[..., float], *arguments) -> float:
@@ -208,7 +209,9 @@ def time_product(matrix: torch.Tensor) -> float:
 
 
 def time_copy(source: torch.Tensor, target: torch.Tensor) -> float:
-    """Return the seconds that copying `source` to `target` takes."""
+    """Return the seconds that copying `source` to `target` COPIES times takes."""
     started = time.perf_counter()
-    target.copy_(source)[0].item()
+    for _ in range(COPIES):
+        target.copy_(source)
+    target[0].item()
     return time.perf_counter() - started

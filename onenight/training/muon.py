@@ -1,8 +1,8 @@
 """Muon, the optimizer of the matrices of the blocks, with three improvements by others.
 
 Muon (https://kellerjordan.github.io/posts/muon/) makes the update of a matrix orthogonal, so that
-it changes all directions equally. Here all matrices of one shape are updated together, which is
-much faster on a GPU than one after the other.
+it changes all directions equally. Here matrices of one shape are updated together, which is much
+faster on a GPU than one after the other.
 """
 
 from collections import defaultdict
@@ -14,8 +14,11 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 EPS = 1e-7
 MOMENTUM = 0.95
+# Matrices that are updated together, at most: as many as the short night has layers. More would
+# take more memory, which a deep model has none of, and gain nothing.
+MATRICES_AT_ONCE = 12
 
-# NorMuon (arXiv:2510.05491): of the moving average of a row's mean square.
+# NorMuon (arXiv:2510.05491): for the moving average of a row's mean square.
 ROW_BETA = 0.95
 ROW_EPS = 1e-10
 
@@ -29,12 +32,13 @@ class Muon(torch.optim.Optimizer):
             sqrt(rows / columns).
         weight_decay: relative to lr.
         row_norm: NorMuon: divide each row of an update, or each column if there are more of these,
-            by the root of its mean square, and keep the norm of the whole update.
+            by the root of the moving average of its mean square, and keep the norm of the whole
+            update.
         cautious: decay only the weights that the update moves towards zero (arXiv:2510.12402).
         lookahead: EMA-Nesterov (arXiv:2605.25395): after each update move the weights further, by
-            this multiple of their mean displacement; None: do not even keep the displacement. As
-            lr, it may change between the steps: it belongs to a group.
-        displacement_beta: of the moving average that is the mean displacement.
+            this multiple of their mean displacement, and compute the next gradient there. None:
+            off, and no displacement is stored. Like lr, it may change between the steps.
+        displacement_beta: for the moving average that is the mean displacement.
     """
 
     def __init__(
@@ -65,7 +69,8 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for matrices in by_shape.values():
-                self.update(matrices, group)
+                for first in range(0, len(matrices), MATRICES_AT_ONCE):
+                    self.update(matrices[first : first + MATRICES_AT_ONCE], group)
 
     def update(self, matrices: list[torch.Tensor], group: dict):
         """Update matrices of one shape."""
@@ -91,7 +96,7 @@ class Muon(torch.optim.Optimizer):
         return torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
 
     def divide_rows(self, updates: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
-        """Return the updates, (N, rows, columns), with NorMuon's rows."""
+        """Return the updates, (N, rows, columns), rescaled row by row as NorMuon does."""
         rows, columns = updates.shape[-2:]
         squares = updates.float().square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
         moments = self.states("row_moment", matrices, squares)

@@ -44,7 +44,10 @@ class Plan:
 
 
 def measure_ceiling(config: TrainConfig) -> Speed:
-    """Return the speeds that bound training on this machine, in the number format of the run."""
+    """Return the speeds that bound training on this machine, in the number format of the run, or on
+    the card that the plan is for."""
+    if config.plan_card:
+        return find_card(config.plan_card).speed
     device = torch.device(config.device)
     # A plan for another card may have a number format that is slow here.
     dtype = choose_dtype("auto", device) if config.is_planned_elsewhere else config.dtype
@@ -52,9 +55,8 @@ def measure_ceiling(config: TrainConfig) -> Speed:
 
 
 def make_plan(config: TrainConfig, ceiling: Speed) -> Plan:
-    """Return the plan of a run with resolved settings (see settings.py) on this device, which
-    reaches the speeds `ceiling`, or on the card that config.plan_card, or config.plan_vram_gb and
-    config.plan_tflops, describe. The data need not exist yet."""
+    """Return the plan of a run with resolved settings (see settings.py) on the device or card that
+    they name, which reaches the speeds `ceiling`. The data need not exist yet."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_args(config)))
     s_per_iter, speed = predict_time(model, config, ceiling)
@@ -142,17 +144,15 @@ def predict_time(model: GPT, config: TrainConfig, ceiling: Speed) -> tuple[float
     flops = config.tokens_per_iter * model.flops_per_token()
     if config.plan_tflops:
         return flops / config.plan_tflops / 1e12, f"{config.plan_tflops:g} TFLOP/s, as given"
+    seconds = predict_seconds(model, config, ceiling)
+    tokens_per_s = config.tokens_per_iter / seconds
+    source = f"{ceiling.tflops:.2f} TFLOP/s and {ceiling.gb_per_s:.0f} GB/s, measured here"
     if config.plan_card:
         card = find_card(config.plan_card)
-        seconds = predict_seconds(model, config, card.speed)
         source = (
             f"{REACHED_PER_RATED} times the {card.name}'s rated {card.tflops:g} TFLOP/s and "
             f"{card.gb_per_s:g} GB/s"
         )
-    else:
-        seconds = predict_seconds(model, config, ceiling)
-        source = f"{ceiling.tflops:.2f} TFLOP/s and {ceiling.gb_per_s:.0f} GB/s, measured here"
-    tokens_per_s = config.tokens_per_iter / seconds
     return seconds, f"{tokens_per_s:,.0f} tokens/s, calculated from {source}"
 
 

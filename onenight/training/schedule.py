@@ -23,8 +23,8 @@ from onenight.training.settings import TrainConfig, config_file_values, flag_nam
 SETTINGS = ("min_lr", "warmup_iters", "warmdown_iters", "matrix_warmdown_iters")
 # These belong to max_iters.
 LENGTHS = ("warmup_iters", "warmdown_iters", "matrix_warmdown_iters", "lr_decay_iters")
-# Muon's lookahead as a multiple of the learning rate's, and the part of the run that has it: result
-# 39 of modded-nanogpt's track 3, in iterations of its 3,150.
+# Muon's lookahead at the peak learning rate, with which it decays, and the part of the schedule
+# that has it: result 39 of modded-nanogpt's track 3, in iterations of its 3,150.
 LOOKAHEAD = 0.6
 LOOKAHEAD_FROM = 500 / 3150
 LOOKAHEAD_TO = 2400 / 3150
@@ -66,20 +66,23 @@ def describe_schedule(config: TrainConfig) -> str:
             return duration(config.hours * 3600 * iteration / config.max_iters)
         return f"iteration {iteration:,}"
 
-    phases = []
-    if config.warmup_iters:
-        phases.append(f"warmup to {at(config.warmup_iters)}")
-    decay = "cosine decay"
-    if config.warmdown_iters:
-        decay = "decay"
-        decay_start = config.lr_decay_iters - config.warmdown_iters
-        if decay_start > config.warmup_iters:
-            phases.append(f"constant to {at(decay_start)}")
-            if config.matrix_warmdown_iters:
-                matrix_start = config.lr_decay_iters - config.matrix_warmdown_iters
-                phases[-1] += f" (the matrices to {at(max(matrix_start, config.warmup_iters))})"
-    phases.append(f"{decay} to {config.min_lr:g} at {at(config.lr_decay_iters)}")
-    return ", ".join(phases)
+    def phases(warmdown_iters: int) -> str:
+        words = []
+        if config.warmup_iters:
+            words.append(f"warmup to {at(config.warmup_iters)}")
+        decay = "cosine decay"
+        if warmdown_iters:
+            decay = "decay"
+            decay_start = config.lr_decay_iters - warmdown_iters
+            if decay_start > config.warmup_iters:
+                words.append(f"constant to {at(decay_start)}")
+        words.append(f"{decay} to {config.min_lr:g} at {at(config.lr_decay_iters)}")
+        return ", ".join(words)
+
+    described = phases(config.warmdown_iters)
+    if config.matrix_warmdown_iters:
+        described += f"; of the matrices: {phases(config.matrix_warmdown_iters)}"
+    return described
 
 
 def schedule_warnings(config: TrainConfig) -> list[str]:
@@ -121,8 +124,8 @@ def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: TrainConfig,
         for group in optimizer.param_groups:
             multiplier = lr_multiplier_at(config, place, group["name"])
             group["lr"] = multiplier * group["peak_lr"]
-            if "lookahead" in group:
-                looks_ahead = LOOKAHEAD_FROM <= place / config.max_iters < LOOKAHEAD_TO
+            if group.get("lookahead") is not None:
+                looks_ahead = LOOKAHEAD_FROM <= place / config.lr_decay_iters < LOOKAHEAD_TO
                 group["lookahead"] = LOOKAHEAD * multiplier if looks_ahead else 0.0
 
 
@@ -165,11 +168,11 @@ class Schedule:
         return progress.iter_num
 
     def lr_multiplier(self, progress) -> float:
-        """Return the learning rate of the next iteration as a multiple of its peak."""
-        return lr_multiplier_at(self.config, self.place(progress))
+        """Return the matrices' learning rate in the next iteration as a multiple of its peak."""
+        return lr_multiplier_at(self.config, self.place(progress), "matrices")
 
     def set_rates(self, optimizers: dict[str, torch.optim.Optimizer], progress):
-        """Set the learning rates of the next iteration."""
+        """Set the learning rates of the next iteration, and Muon's lookahead."""
         set_rates(optimizers, self.config, self.place(progress))
 
     def is_over(self, progress) -> bool:

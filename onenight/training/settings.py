@@ -101,7 +101,7 @@ class TrainConfig:
         0, "decay linearly to min_lr over the last N iterations; 0: cosine decay", low=0
     )
     matrix_warmdown_iters: int = setting(
-        0, "the same for the matrices alone; 0: as all others", low=0
+        0, "warmdown_iters of the matrices of the blocks; 0: the same as the others'", low=0
     )
     lr_decay_iters: int = setting(
         600000, "iteration at which the decay reaches min_lr; usually max_iters"
@@ -136,6 +136,8 @@ class TrainConfig:
                 raise ValueError(
                     "plan_card sets memory and speed: leave out plan_vram_gb and plan_tflops"
                 )
+        if self.is_planned_elsewhere and not self.plan:
+            raise ValueError("plan_card and plan_vram_gb are for a plan: add --plan")
         refuse_file_as_dataset(self.dataset)
 
     @property

@@ -60,12 +60,22 @@ def resume(trainer: Trainer, checkpoint: dict):
             )
         checkpoint["position"] = 0
     trainer.restore(checkpoint)
-    before = checkpoint.get("config", {})
+    # A setting that the checkpoint lacks is newer than its run, which did what the default does.
+    before = {**asdict(TrainConfig()), **checkpoint.get("config", {})}
     for key, value in asdict(config).items():
         may_differ = key in ("init_from", "out_dir", "eval_only", "allow_new_data")
-        was_resolved = before.get(key) != "auto"  # older versions saved "auto"
-        if key in before and before[key] != value and was_resolved and not may_differ:
+        was_resolved = before[key] != "auto"  # older versions saved "auto"
+        if before[key] != value and was_resolved and not may_differ:
             print(f"changed since: {key} {before[key]} -> {value}")
+    if has_plain_muon(checkpoint):
+        print("changed since: Muon, which now has NorMuon, cautious decay and EMA-Nesterov")
+
+
+def has_plain_muon(checkpoint: dict) -> bool:
+    """Return whether a checkpoint is from a version that used torch.optim.Muon. Its momentum is
+    loaded; what it lacks begins at zero."""
+    states = checkpoint.get("muon", {}).get("state", {})
+    return bool(states) and not any("displacement" in state for state in states.values())
 
 
 def describe_resume(run: Run) -> str:

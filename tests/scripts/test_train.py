@@ -305,6 +305,22 @@ def test_muon_resumes_bit_for_bit(muon_run, bins, tmp_path):
     assert losses(muon_run) == losses(tmp_path)
 
 
+def test_a_run_that_began_with_torchs_muon_is_resumed_with_its_momentum(bins, tmp_path):
+    """As earlier versions of this project saved it."""
+    assert train_here(bins, tmp_path, **MUON, max_iters=20).returncode == 0
+    checkpoint = load(tmp_path)
+    for state in checkpoint["muon"]["state"].values():
+        del state["row_moment"], state["displacement"]
+    del checkpoint["config"]["matrix_warmdown_iters"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    resumed = train_here(bins, tmp_path, **MUON, matrix_warmdown_iters=40, init_from="resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "changed since: matrix_warmdown_iters 0 -> 40\n" in resumed.stdout
+    assert "changed since: Muon, which now has NorMuon" in resumed.stdout
+    assert load(tmp_path)["iter_num"] == 45
+    assert steps_of(tmp_path)[-1]["train_loss"] < 4
+
+
 def test_another_architecture_is_not_resumed(muon_run, bins):
     assert_one_sentence(train_here(bins, muon_run, init_from="resume"), "architecture=qwen3")
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from configurator import UserError, configure
+from model import GPT, GPTConfig
 from onenight.system.distributed import Ranks
 from onenight.training.clock import Clock
+from onenight.training.optimizers import learning_rates, make_optimizers
 from onenight.training.schedule import (
     Schedule,
     describe_schedule,
@@ -80,6 +82,23 @@ def test_the_lookahead_follows_the_rate_in_the_middle_of_the_run():
         set_rates({"muon": optimizer}, config, place)
         lookaheads.append(group["lookahead"])
     assert lookaheads == pytest.approx([0.0, 0.0, 0.6, 0.6, 0.3, 0.0])
+
+
+def test_each_group_gets_its_own_rate_and_the_metrics_have_it():
+    config = TrainConfig(
+        learning_rate=0.02,
+        head_lr=0.01,
+        warmup_iters=0,
+        warmdown_iters=40,
+        matrix_warmdown_iters=80,
+        min_lr=0.0,
+        lr_decay_iters=100,
+    )
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "bias": False}
+    model = GPT(GPTConfig(**shape, architecture="qwen3", block_size=8, vocab_size=64))
+    optimizers = make_optimizers(model, config, torch.device("cpu"))
+    set_rates(optimizers, config, 80)
+    assert learning_rates(optimizers, config) == pytest.approx({"lr": 0.005, "lr_head": 0.005})
 
 
 def test_without_decay_the_rate_is_constant():
@@ -177,6 +196,11 @@ def test_a_warmup_that_is_longer_than_the_new_length_is_refused(tmp_path):
         (
             {"warmdown_iters": 70, "min_lr": 0.0},
             "warmup to iteration 10, constant to iteration 30, decay to 0 at iteration 100",
+        ),
+        (
+            {"warmdown_iters": 40, "matrix_warmdown_iters": 90, "min_lr": 0.0},
+            "warmup to iteration 10, constant to iteration 60, decay to 0 at iteration 100; "
+            "of the matrices: warmup to iteration 10, decay to 0 at iteration 100",
         ),
         ({"warmup_iters": 0}, "cosine decay to 6e-05 at iteration 100"),
         ({"hours": 10.0}, "warmup to 1h 00m, cosine decay to 6e-05 at 10h 00m"),

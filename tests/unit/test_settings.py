@@ -89,10 +89,17 @@ def test_resolving_replaces_auto_by_what_the_run_will_use(monkeypatch):
 @pytest.mark.parametrize("card", [{"plan_vram_gb": 12}, {"plan_card": "RTX 4070"}])
 def test_a_plan_for_another_card_is_resolved_as_if_that_supported_everything(card, monkeypatch):
     monkeypatch.setattr("onenight.training.settings.compile_works", lambda device: 1 / 0)
-    resolved = resolve(TrainConfig(**card), "cpu")
+    resolved = resolve(TrainConfig(**card, plan=True), "cpu")
     assert resolved.dtype == "bfloat16"
     assert resolved.compile
-    assert resolve(TrainConfig(**card, dtype="float16"), "cpu").dtype == "float16"
+    narrow = resolve(TrainConfig(**card, plan=True, dtype="float16"), "cpu")
+    assert narrow.dtype == "float16"
+
+
+@pytest.mark.parametrize("flag", ["--plan_vram_gb=12", "--plan_card=RTX 4070"])
+def test_a_run_is_not_planned_for_another_card_than_its_own(flag):
+    with pytest.raises(UserError, match="are for a plan: add --plan"):
+        configure(TrainConfig, [flag], "")
 
 
 def test_the_shape_of_a_checkpoint_is_taken_over_except_for_a_smaller_block_size():
