@@ -1,10 +1,9 @@
-"""A training run with the changes of changes.py, for run.py and gpu_ab.py."""
+"""A training run with parts of the recipe on or off, for run.py and gpu_ab.py."""
 
 import time
 from dataclasses import dataclass, replace
 
 import common
-from changes import TailAverage
 from configurator import setting
 from int8 import PRODUCTS, use_int8
 from onenight.training.optimizers import make_optimizers
@@ -12,6 +11,7 @@ from onenight.training.recovery import Recovery
 from onenight.training.schedule import LOOKAHEAD, set_rates
 from onenight.training.settings import TrainConfig
 from onenight.training.trainer import Progress, Trainer
+from tail_average import TailAverage
 
 EVALS = 8  # in a run, at equal distances
 

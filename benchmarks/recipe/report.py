@@ -3,10 +3,10 @@ Prints benchmarks/recipe/results.jsonl as Markdown tables, and draws benchmarks/
 
     python benchmarks/recipe/report.py
 
-The last column of a table is the number of tokens that a row needs to reach its loss, relative to
-`muon-qwen3`: exp(difference / slope). The difference is that of the losses, as the mean over the
-seeds that both rows have, because the seed decides which text is read. The slope is what muon-qwen3
-gains for each e-fold of tokens.
+The difference is that of the mean losses of a row and of `muon-qwen3`, with its standard error if
+both have several seeds. The last column is the number of tokens that a row needs to reach its loss,
+relative to `muon-qwen3`: exp(difference / slope), where the slope is what muon-qwen3 gains for each
+e-fold of tokens.
 """
 
 import json
@@ -28,7 +28,7 @@ def main():
     lengths = sorted(tokens for name, tokens in losses if name == BASE)
     shortest = lengths[0]
     longest = lengths[-1]
-    slope = difference(losses[BASE, shortest], losses[BASE, longest])
+    slope = mean_loss(losses[BASE, shortest]) - mean_loss(losses[BASE, longest])
     slope /= math.log(longest / shortest)
     print(
         f"{BASE}: {slope:.3f} nats for each e-fold of tokens, "
@@ -64,29 +64,32 @@ def final_loss(run: dict) -> float:
     return loss
 
 
-def difference(one: dict[int, float], other: dict[int, float]) -> float:
-    """Return the mean difference of two rows' losses over the seeds that both have."""
-    seeds = one.keys() & other.keys()
-    return statistics.mean(one[seed] - other[seed] for seed in seeds)
+def mean_loss(by_seed: dict[int, float]) -> float:
+    return statistics.mean(by_seed.values())
+
+
+def describe_difference(row: dict[int, float], base: dict[int, float]) -> str:
+    """Return the difference of the mean losses, with its standard error if that is known."""
+    words = f"{mean_loss(row) - mean_loss(base):+.4f}"
+    if min(len(row), len(base)) > 1:
+        variances = [statistics.variance(losses.values()) / len(losses) for losses in (row, base)]
+        words += f" ± {math.sqrt(sum(variances)):.4f}"
+    return words
 
 
 def print_table(losses: dict, tokens: int, slope: float):
     """Print the rows with that many tokens, the best first."""
     print(
-        f"| {tokens / 1e6:.1f} million tokens | val loss, by seed | times the tokens of {BASE} |\n"
-        "|---|---|---|"
+        f"| {tokens / 1e6:.1f} million tokens | val loss, by seed | difference | tokens |\n"
+        "|---|---|---|---|"
     )
     base = losses[BASE, tokens]
-    differences = {}
-    for name, row_tokens in losses:
-        if row_tokens == tokens:
-            differences[name] = difference(losses[name, tokens], base)
-    for name in sorted(differences, key=differences.get):
-        by_seed = ", ".join(f"{loss:.4f}" for _, loss in sorted(losses[name, tokens].items()))
-        times = f"{math.exp(differences[name] / slope):.2f}"
-        if "n_embd" in name:  # a larger model, whose tokens do not compare
-            times = ""
-        print(f"| {name} | {by_seed} | {times} |")
+    rows = {name: row for (name, row_tokens), row in losses.items() if row_tokens == tokens}
+    for name in sorted(rows, key=lambda name: mean_loss(rows[name])):
+        row = rows[name]
+        by_seed = ", ".join(f"{loss:.4f}" for _, loss in sorted(row.items()))
+        times = math.exp((mean_loss(row) - mean_loss(base)) / slope)
+        print(f"| {name} | {by_seed} | {describe_difference(row, base)} | {times:.2f} |")
     print()
 
 

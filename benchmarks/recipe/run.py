@@ -4,7 +4,7 @@ Trains one row of the recipe proxy to its end, and appends the result to results
     python benchmarks/recipe/run.py muon-qwen3 --dataset=FOLDER
     python benchmarks/recipe/run.py muon-qwen3 --dataset=FOLDER --learning_rate=0.01 --seed=1338
     python benchmarks/recipe/run.py adamw-gpt2 --dataset=FOLDER --tokens=4000000
-    python benchmarks/recipe/run.py muon-qwen3 --dataset=FOLDER --normuon  # a change of changes.py
+    python benchmarks/recipe/run.py stack-qwen3 --dataset=FOLDER --cautious=False
 
 FOLDER is what benchmarks/recipe/data.py has written. A row is a model with 4 layers, width 128 and
 256 tokens per window, trained on 4,096 tokens per iteration in bfloat16 (use --dtype=float32 on a
@@ -34,6 +34,7 @@ from diagnose import diagnose
 from onenight.system.console import run_script
 from onenight.system.distributed import Ranks
 from onenight.training.optimizers import GROUPS
+from onenight.training.schedule import LOOKAHEAD
 from onenight.training.settings import resolve
 from onenight.training.trainer import Trainer
 
@@ -56,11 +57,23 @@ MODERN = {
 TRAPEZOID = {"warmdown": 0.7}
 ADAMW = {"learning_rate": 2e-3, "vector_lr": 0.0}
 MUON = {"optimizer": "muon", "learning_rate": 0.02, "vector_lr": 0.015}
+# Muon as config/train_fineweb_4070_fast.py has it. NorMuon's rate is 1.4 times Muon's, as in
+# modded-nanogpt's track 3.
+STACK = {
+    "learning_rate": 0.028,
+    "weight_decay": 0.025,
+    "normuon": True,
+    "cautious": True,
+    "lookahead": LOOKAHEAD,
+    "matrix_warmdown": 0.8,
+    "warmdown": 0.4,
+}
 ROWS = {
     "adamw-gpt2": {**ADAMW, "warmup": 0.05, "weight_decay": 0.1},
     "muon-gpt2": {**MUON, **TRAPEZOID, "embedding_lr": 2e-3, "weight_decay": 0.0},
     "adamw-qwen3": {**MODERN, **TRAPEZOID, **ADAMW},
     "muon-qwen3": {**MODERN, **TRAPEZOID, **MUON},
+    "stack-qwen3": {**MODERN, **MUON, **STACK},
 }
 # The sizes of the evaluations, in units of 16,384 tokens: after each eighth, and at the end.
 EVAL_ITERS = 4

@@ -1,7 +1,5 @@
-"""Changes to muon-qwen3 for which others report gains.
-
-The project does not have them unless they prove useful here (see run.py and gpu_ab.py). The numbers
-are those of modded-nanogpt's track 3, with its iterations as fractions of the run:
+"""A change to the recipe that the project does not have: averaged weights, for which others report
+a gain, with the numbers of modded-nanogpt's track 3, its iterations as fractions of the run:
 https://github.com/KellerJordan/modded-nanogpt/tree/master/records/track_3_optimization
 """
 
