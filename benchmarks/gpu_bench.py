@@ -39,6 +39,7 @@ SHORT_RUN = {
     "lr_decay_iters": 20,
     "warmup_iters": 4,
     "warmdown_iters": 10,
+    "matrix_warmdown_iters": 16,
     "eval_interval": 1000,
     "log_interval": 1,
     "compile": False,

@@ -4,6 +4,13 @@ import pytest
 
 from helpers import STARTED, make_bins, train_here
 
+# The files with the longest tests begin, so that no process waits for a long one at the end.
+LONG = ("test_benchmarks.py", "test_kills.py", "test_torchrun.py", "test_signals.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="session")
 def bins(tmp_path_factory):
