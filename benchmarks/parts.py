@@ -5,6 +5,7 @@ Parts of a run, timed one by one. --root times another checkout, such as an earl
     python benchmarks/parts.py start     # up to the first iteration, with and without a cache
     python benchmarks/parts.py messages  # gradients summed over two processes
     python benchmarks/parts.py ceiling   # measure_tflops(), alone and on a busy machine
+    python benchmarks/parts.py muon      # an update of the matrices, ours and torch's
 
     git worktree add ../before 89237fc
     python benchmarks/parts.py head --root=../before
@@ -34,7 +35,13 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def main():
-    parts = {"head": head, "start": start, "messages": messages, "ceiling": ceiling}
+    parts = {
+        "head": head,
+        "start": start,
+        "messages": messages,
+        "ceiling": ceiling,
+        "muon": muon,
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,6 +157,50 @@ def ceiling(root: Path):
         for process in busy:
             process.kill()
     print(f"alone {alone:.3f} TFLOP/s, beside {len(busy)} busy programs {beside:.3f}")
+
+
+def muon(root: Path):
+    """Count the operators of an update of Muon for the short night's matrices, and time one for
+    matrices of a quarter of their width."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from model import GPT, GPTConfig
+    from onenight.training.muon import Muon
+
+    class Operators(TorchDispatchMode):
+        """Counts what computes."""
+
+        n = 0
+
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            result = operator(*arguments, **(options or {}))
+            is_view = isinstance(result, torch.Tensor) and result._is_view()
+            if not is_view and "aten" in str(operator):
+                self.n += 1
+            return result
+
+    def optimizer(n_embd: int, build, **options):
+        model = GPT(GPTConfig(architecture="qwen3", bias=False, n_head=6, n_embd=n_embd))
+        matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        return build(matrices, lr=0.01, weight_decay=0.1, **options)
+
+    improved = {"row_norm": True, "cautious": True, "lookahead": 0.6}
+    for name, build, options in (
+        ("torch's", torch.optim.Muon, {}),
+        ("ours", Muon, {}),
+        ("ours, with its improvements", Muon, improved),
+    ):
+        with FakeTensorMode():
+            fake = optimizer(768, build, **options)
+            fake.step()  # the first update creates the state
+            with Operators() as operators:
+                fake.step()
+        seconds = best(optimizer(192, build, **options).step)
+        print(f"{name}: {operators.n} operators, {1e3 * seconds:.0f} ms")
 
 
 if __name__ == "__main__":
