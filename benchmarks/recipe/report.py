@@ -4,9 +4,9 @@ Prints benchmarks/recipe/results.jsonl as Markdown tables, and draws benchmarks/
     python benchmarks/recipe/report.py
 
 The difference is that of the mean losses of a row and of `muon-qwen3`, with its standard error if
-both have several seeds. The last column is the number of tokens that a row needs to reach its loss,
-relative to `muon-qwen3`: exp(difference / slope), where the slope is what muon-qwen3 gains for each
-e-fold of tokens.
+both have several seeds. If muon-qwen3 has runs of several lengths, the last column is the number of
+tokens that a row needs to reach its loss, relative to muon-qwen3: exp(difference / slope), where
+the slope is what muon-qwen3 gains for each e-fold of tokens.
 """
 
 import json
@@ -28,12 +28,14 @@ def main():
     lengths = sorted(tokens for name, tokens in losses if name == BASE)
     shortest = lengths[0]
     longest = lengths[-1]
-    slope = mean_loss(losses[BASE, shortest]) - mean_loss(losses[BASE, longest])
-    slope /= math.log(longest / shortest)
-    print(
-        f"{BASE}: {slope:.3f} nats for each e-fold of tokens, "
-        f"between {shortest / 1e6:.1f} and {longest / 1e6:.1f} million\n"
-    )
+    slope = math.nan
+    if shortest < longest:
+        slope = mean_loss(losses[BASE, shortest]) - mean_loss(losses[BASE, longest])
+        slope /= math.log(longest / shortest)
+        print(
+            f"{BASE}: {slope:.3f} nats for each e-fold of tokens, "
+            f"between {shortest / 1e6:.1f} and {longest / 1e6:.1f} million\n"
+        )
     for tokens in reversed(lengths):
         print_table(losses, tokens, slope)
     first_seed = runs[0]["seed"]
@@ -89,7 +91,9 @@ def print_table(losses: dict, tokens: int, slope: float):
         row = rows[name]
         by_seed = ", ".join(f"{loss:.4f}" for _, loss in sorted(row.items()))
         times = math.exp((mean_loss(row) - mean_loss(base)) / slope)
-        print(f"| {name} | {by_seed} | {describe_difference(row, base)} | {times:.2f} |")
+        times = "" if math.isnan(times) else f"{times:.2f}"
+        difference = "" if row is base else describe_difference(row, base)
+        print(f"| {name} | {by_seed} | {difference} | {times} |")
     print()
 
 
