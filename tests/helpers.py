@@ -116,6 +116,15 @@ TINY = {
     "device": "cpu",
     "compile": False,
 }
+# The settings of a run with Muon.
+MUON = {
+    "architecture": "qwen3",
+    "optimizer": "muon",
+    "learning_rate": 0.02,
+    "embedding_lr": 0.3,
+    "head_lr": 0.004,
+    "vector_lr": 0.01,
+}
 VOCAB_SIZE = 250  # train.py pads it to 256
 
 

@@ -99,23 +99,23 @@ def main(arguments: list[str]):
 
 def train(config: RooflineConfig):
     """Print what a micro-batch of training takes, when the gradients of an earlier one exist."""
-    counter = Counter()
-    with FakeCard(counter):
-        with DEVICE:
-            gpt = new_model(config)
-        count_micro_batch(counter, gpt, config, trains=True)
-    print_micro_batch("train", config, counter)
-    print_plan(counter, gpt, config)
+    print_plan(*run_micro_batch("train", config), config)
 
 
 def evaluate(config: RooflineConfig):
     """Print what a micro-batch of an evaluation takes."""
+    run_micro_batch("eval", config)
+
+
+def run_micro_batch(what: str, config: RooflineConfig) -> tuple[Counter, GPT]:
+    """Print what a micro-batch takes. Return what was counted, and the model."""
     counter = Counter()
     with FakeCard(counter):
         with DEVICE:
             gpt = new_model(config)
-        count_micro_batch(counter, gpt, config, trains=False)
-    print_micro_batch("eval", config, counter)
+        count_micro_batch(counter, gpt, config, trains=what == "train")
+    print_micro_batch(what, config, counter)
+    return counter, gpt
 
 
 def sample(config: RooflineConfig):

@@ -14,8 +14,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 EPS = 1e-7
 MOMENTUM = 0.95
-# Matrices that are updated together, at most: as many as the short night has layers. More would
-# take more memory, which a deep model has none of, and gain nothing.
+# The most matrices that are updated together: the layers of the short night. With a limit, the
+# memory of an update does not grow with the number of layers.
 MATRICES_AT_ONCE = 12
 
 # NorMuon (arXiv:2510.05491): for the moving average of a row's mean square.

@@ -125,8 +125,9 @@ def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: TrainConfig,
             multiplier = lr_multiplier_at(config, place, group["name"])
             group["lr"] = multiplier * group["peak_lr"]
             if group.get("lookahead") is not None:
-                looks_ahead = LOOKAHEAD_FROM <= place / config.lr_decay_iters < LOOKAHEAD_TO
-                group["lookahead"] = LOOKAHEAD * multiplier if looks_ahead else 0.0
+                begin = LOOKAHEAD_FROM * config.lr_decay_iters
+                end = LOOKAHEAD_TO * config.lr_decay_iters
+                group["lookahead"] = LOOKAHEAD * multiplier if begin <= place < end else 0.0
 
 
 def lr_multiplier_at(config: TrainConfig, place: float, group: str = "") -> float:

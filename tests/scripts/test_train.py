@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import train as train_script
 from helpers import (
+    MUON,
     assert_one_sentence,
     flags_of,
     gpt2_of,
@@ -259,22 +260,13 @@ def test_float16_without_a_gpu_is_replaced_by_float32_and_recorded_so(bins, tmp_
 # -----------------------------------------------------------------------------
 # Muon
 
-MUON = {
-    "architecture": "qwen3",
-    "optimizer": "muon",
-    "learning_rate": 0.02,
-    "embedding_lr": 0.3,
-    "head_lr": 0.004,
-    "vector_lr": 0.01,
-    "warmdown_iters": 30,
-    "min_lr": 0.0,
-}
+MUON_RUN = {**MUON, "warmdown_iters": 30, "min_lr": 0.0}
 
 
 @pytest.fixture(scope="module")
 def muon_run(bins, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("muon")
-    result = train_here(bins, out_dir, **MUON)
+    result = train_here(bins, out_dir, **MUON_RUN)
     assert result.returncode == 0, result.stderr
     return out_dir
 
@@ -290,8 +282,8 @@ def test_muon_learns_and_the_rate_of_each_group_is_recorded(muon_run):
 
 
 def test_muon_resumes_bit_for_bit(muon_run, bins, tmp_path):
-    assert train_here(bins, tmp_path, **MUON, max_iters=20).returncode == 0
-    resumed = train_here(bins, tmp_path, **MUON, init_from="resume")
+    assert train_here(bins, tmp_path, **MUON_RUN, max_iters=20).returncode == 0
+    resumed = train_here(bins, tmp_path, **MUON_RUN, init_from="resume")
     assert resumed.returncode == 0, resumed.stderr
     first = load(muon_run)
     second = load(tmp_path)
@@ -307,13 +299,13 @@ def test_muon_resumes_bit_for_bit(muon_run, bins, tmp_path):
 
 def test_a_run_that_began_with_torchs_muon_is_resumed_with_its_momentum(bins, tmp_path):
     """As earlier versions of this project saved it."""
-    assert train_here(bins, tmp_path, **MUON, max_iters=20).returncode == 0
+    assert train_here(bins, tmp_path, **MUON_RUN, max_iters=20).returncode == 0
     checkpoint = load(tmp_path)
     for state in checkpoint["muon"]["state"].values():
         del state["row_moment"], state["displacement"]
     del checkpoint["config"]["matrix_warmdown_iters"]
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    resumed = train_here(bins, tmp_path, **MUON, matrix_warmdown_iters=40, init_from="resume")
+    resumed = train_here(bins, tmp_path, **MUON_RUN, matrix_warmdown_iters=40, init_from="resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "changed since: matrix_warmdown_iters 0 -> 40\n" in resumed.stdout
     assert "changed since: Muon, which now has NorMuon" in resumed.stdout

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from onenight.training.muon import MOMENTUM, ROW_BETA, Muon, orthogonal
+from onenight.training.muon import MATRICES_AT_ONCE, MOMENTUM, ROW_BETA, Muon, orthogonal
 
 SHAPES = [(48, 48), (48, 48), (96, 48), (48, 96), (48, 48), (96, 48)]
 LR = 0.02
@@ -55,6 +55,21 @@ def test_without_the_improvements_it_is_torchs_muon():
         assert (other - start).abs().max() > LR  # they have moved
         # The entries of an update are at most about scale(); five steps.
         assert (one - other).abs().max() < 5 * LR * scale(one) * ROUNDING
+
+
+def test_every_matrix_of_a_deep_model_is_updated():
+    def many():
+        return [torch.nn.Parameter(torch.ones(8, 16)) for _ in range(3 * MATRICES_AT_ONCE + 1)]
+
+    together = many()
+    run(Muon(together, lr=LR), together, steps=1)
+    alone = many()
+    set_gradients(alone, seed=100)
+    for weight in alone:
+        Muon([weight], lr=LR).step()
+    for one, other in zip(together, alone):
+        assert (one - other).abs().max() < LR * ROUNDING
+        assert (one - 1).abs().max() > LR / 10
 
 
 def test_orthogonal_makes_all_singular_values_alike_and_keeps_the_directions():

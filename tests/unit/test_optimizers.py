@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import make_trainer, step
+from helpers import MUON, make_trainer, step
 from model import GPT, GPTConfig
 from onenight.training.muon import Muon
 from onenight.training.optimizers import (
@@ -16,14 +16,6 @@ from onenight.training.schedule import set_rates
 from onenight.training.settings import TrainConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
-MUON = {
-    "architecture": "qwen3",
-    "optimizer": "muon",
-    "learning_rate": 0.02,
-    "embedding_lr": 0.3,
-    "head_lr": 0.004,
-    "vector_lr": 0.01,
-}
 
 
 def make(**settings):
@@ -113,6 +105,13 @@ def test_with_muon_adamw_updates_gpt2s_embeddings_and_vectors():
 
 # -----------------------------------------------------------------------------
 # Updates
+
+
+def test_the_mean_displacement_follows_the_schedule_and_not_an_extended_run():
+    for max_iters in (6400, 9000):
+        _, _, optimizers = make(**MUON, max_iters=max_iters, lr_decay_iters=6400)
+        (matrices,) = optimizers["muon"].param_groups
+        assert matrices["displacement_beta"] == pytest.approx(1 - 1 / 200)
 
 
 def test_each_update_of_muon_has_the_size_of_its_learning_rate(bins):
