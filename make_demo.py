@@ -104,7 +104,8 @@ def read_modules(root: Path) -> Iterator[tuple[str, str]]:
         parts = path.relative_to(root).with_suffix("").parts
         if not SKIPPED_FOLDERS.isdisjoint(parts):
             continue
-        text = "\n\n".join(docstrings(path))
+        # Preparing takes NUL characters, which some docstrings have, for a wrong encoding.
+        text = "\n\n".join(docstrings(path)).replace("\0", "")
         if len(text) >= MIN_CHARACTERS:
             yield ".".join(parts).removesuffix(".__init__"), text
 

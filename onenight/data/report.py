@@ -89,10 +89,14 @@ def find_oddities(writer: BinsWriter) -> list[str]:
     if is_odd or COMPRESSED_DATA & encodings.keys():
         by_count = sorted(encodings.items(), key=lambda item: (-item[1], item[0]))
         names = ", ".join(f"{encoding} in {count:,}" for encoding, count in by_count)
+        found = []
+        if replaced:
+            found.append(f"bytes that are not UTF-8, which became U+FFFD, in {replaced:,}")
+        if state["nul_documents"]:
+            found.append(f"NUL characters in {state['nul_documents']:,}")
         oddities.append(
-            f"of {documents:,} documents, {replaced:,} have bytes that are not UTF-8, which became "
-            f"U+FFFD, and {state['nul_documents']:,} have NUL characters; they look like: {names}; "
-            f"convert them to text in UTF-8 and prepare again with --overwrite"
+            f"of {documents:,} documents: {' and '.join(found)}; they look like: {names}; "
+            "convert them to text in UTF-8 and prepare again with --overwrite"
         )
 
     val_fraction = writer.job["settings"]["val_fraction"]

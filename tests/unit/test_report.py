@@ -94,7 +94,7 @@ ODD = {
     "NULs": ({"nul_documents": 1, "likely_encodings": {"UTF-16LE": 1}}, "like: UTF-16LE in 1; "),
     "compressed": (
         {"replaced_documents": 1, "likely_encodings": {"gzip data": 1}},
-        "1 have bytes that are not UTF-8, which became U+FFFD, and 0 have NUL characters; "
+        "of 1,000 documents: bytes that are not UTF-8, which became U+FFFD, in 1; "
         "they look like: gzip data in 1; convert them to text in UTF-8",
     ),
 }
