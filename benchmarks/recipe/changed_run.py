@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import common
 from configurator import setting
-from int8 import PRODUCTS, use_int8
 from onenight.training.optimizers import make_optimizers
 from onenight.training.recovery import Recovery
 from onenight.training.schedule import LOOKAHEAD, set_rates
 from onenight.training.settings import TrainConfig
 from onenight.training.trainer import Progress, Trainer
+from rounded import PRODUCTS, use_int8
 from tail_average import TailAverage
 
 EVALS = 8  # in a run, at equal distances
@@ -33,8 +33,8 @@ class ChangedConfig(TrainConfig):
     tail_average: bool = setting(
         False, "at the end, blend the weights with their average over the last 12 %"
     )
-    int8: str = setting("", f"products of the blocks from int8: some of {','.join(PRODUCTS)}")
-    int8_last: bool = setting(False, "with int8, also those of the MLP's last layer")
+    int8_products: str = setting("", f"products from int8, some of {','.join(PRODUCTS)}")
+    int8_last: bool = setting(False, "with int8_products, also those of the MLP's last layer")
     float32_stream: bool = setting(False, "carry the residual stream in float32, not bfloat16")
 
     def __post_init__(self):
@@ -42,8 +42,10 @@ class ChangedConfig(TrainConfig):
         changes_muon = self.normuon or self.cautious or self.lookahead
         if changes_muon and self.optimizer != "muon":
             raise ValueError("normuon, cautious and lookahead need --optimizer=muon")
-        if not set(self.int8.split(",")) <= {"", *PRODUCTS}:
-            raise ValueError(f"int8 must be some of {','.join(PRODUCTS)}, not {self.int8}")
+        if not set(self.int8_products.split(",")) <= {"", *PRODUCTS}:
+            raise ValueError(
+                f"int8_products must be some of {','.join(PRODUCTS)}, not {self.int8_products}"
+            )
 
 
 def with_length(config: ChangedConfig, iters: int) -> ChangedConfig:
@@ -73,8 +75,8 @@ class ChangedRun:
             self.matrices["cautious"] = config.cautious
             if not config.lookahead:
                 self.matrices["lookahead"] = None
-        if config.int8:
-            use_int8(model, tuple(config.int8.split(",")), config.int8_last)
+        if config.int8_products:
+            use_int8(model, tuple(config.int8_products.split(",")), config.int8_last)
         self.tail_average = None
         if config.tail_average:
             self.tail_average = TailAverage(model.named_parameters(), config.max_iters)

@@ -70,6 +70,7 @@ STACK = {
 ARMS = {
     "plain": PLAIN,
     "stack": STACK,
+    "stack-int8": {**STACK, "int8": True},
     "stack-float32-residual": {**STACK, "float32_stream": True},
 }
 BASE = "plain"

@@ -24,7 +24,7 @@ import pretended_card
 
 # Matrix products; attention; all other kernels; and adding a micro-batch's gradients to those of
 # the ones before.
-KINDS = ("products", "attention", "kernels", "gradients")
+KINDS = ("products", "int8 products", "attention", "kernels", "gradients")
 SMALL = 1 << 16  # bytes; eager operators on less are not counted
 # Parts of the names of operators that move nothing.
 VIEWS = (
@@ -328,5 +328,10 @@ def work_of_extern(phase: str, kernel, size: int) -> Work | None:
         origin = found[0] if found else None
     if origin is None or "getitem" in str(origin.target):
         return None
+    name = str(origin.target)
+    if "int8_mm" in name:  # torchao's, which torch cannot count
+        rows, inner = origin.args[0].meta["val"].shape
+        columns = origin.args[1].meta["val"].shape[1]
+        return Work(phase, "int8 products", int(size), 2 * rows * inner * columns)
     flops = int(count_flops_fx(origin) or 0)
-    return Work(phase, kind_of(str(origin.target), flops), int(size), flops)
+    return Work(phase, kind_of(name, flops), int(size), flops)

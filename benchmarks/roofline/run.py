@@ -54,6 +54,7 @@ from onenight.system.console import run_script
 from onenight.system.device import autocast, compile_model, use_tf32
 from onenight.system.memory import GB
 from onenight.training.costs import predict_memory
+from onenight.training.int8 import use_int8
 from onenight.training.optimizers import CHOICES, make_optimizers
 from onenight.training.settings import TrainConfig
 from onenight.training.trainer import model_args
@@ -113,6 +114,8 @@ def run_micro_batch(what: str, config: RooflineConfig) -> tuple[Counter, GPT]:
     with FakeCard(counter):
         with DEVICE:
             gpt = new_model(config)
+        if config.int8:
+            use_int8(gpt)
         count_micro_batch(counter, gpt, config, trains=what == "train")
     print_micro_batch(what, config, counter)
     return counter, gpt
@@ -269,7 +272,7 @@ def print_work(what: str, config: RooflineConfig, counter: Counter, tokens: int)
     work = counter.work
     milliseconds = estimate_ms(work)
     moved = sum(item.bytes for item in work if item.kind == "kernels")
-    flops = sum(item.flops for item in work if item.kind == "products")
+    flops = sum(item.flops for item in work if "products" in item.kind)
     uncompiled = [item.bytes for item in work if item.phase == "eager"]
     print(f"{what}: {describe(config, tokens)}; {len(counter.kernels)} kernels compiled for sm_89")
     print("ms: " + ", ".join(f"{kind} {value:.1f}" for kind, value in milliseconds.items()))
@@ -297,6 +300,8 @@ def estimate_ms(work: list[Work]) -> dict[str, float]:
         seconds = item.bytes / BYTES
         if item.kind == "products":
             seconds = max(seconds, item.flops / PRODUCT_FLOPS)
+        elif item.kind == "int8 products":
+            seconds = max(seconds, item.flops / 2 / PRODUCT_FLOPS)
         elif item.kind == "attention":
             # Half of the FLOPs: a token attends to those before it.
             seconds = max(seconds, item.flops / 2 / ATTENTION_FLOPS)

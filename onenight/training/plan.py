@@ -105,8 +105,9 @@ def describe_device(config: TrainConfig) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     if device.type == "cpu" and not torch.cuda.is_available():
         name += " (torch finds no GPU: see README)"
+    int8 = ", int8" if config.int8 else ""
     compiled = ", compiled" if config.compile else ""
-    return f"{name}, {config.dtype}{compiled}"
+    return f"{name}, {config.dtype}{int8}{compiled}"
 
 
 def describe_epochs(config: TrainConfig, tokens: int) -> str:

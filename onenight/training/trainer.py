@@ -17,6 +17,7 @@ from onenight.system.device import autocast, compile_model, use_tf32
 from onenight.system.distributed import Ranks
 from onenight.system.memory import limit_memory
 from onenight.system.wording import first_line
+from onenight.training.int8 import use_int8
 from onenight.training.optimizers import make_optimizers
 from onenight.training.settings import TrainConfig, micro_batch_size
 
@@ -137,6 +138,8 @@ class Trainer:
         self.model = GPT(GPTConfig(**self.model_args)).to(self.device)
         if checkpoint:
             load_weights(self.model, checkpoint["model"], config.source)
+        if config.int8:
+            use_int8(self.model)
         self.compiled_model = compile_model(self.model) if config.compile else self.model
 
         # the optimizers

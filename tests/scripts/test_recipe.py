@@ -70,11 +70,11 @@ def test_a_change_to_muon_is_refused_for_adamw(import_module, bins, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# int8.py
+# rounded.py
 
 
 def test_products_from_int8_are_those_of_rounded_operands(import_module):
-    int8 = import_module("int8")
+    rounded = import_module("rounded")
     torch.manual_seed(0)
     a = torch.randn(24, 40)
     b = torch.randn(40, 32)
@@ -85,26 +85,26 @@ def test_products_from_int8_are_those_of_rounded_operands(import_module):
     exact = torch._int_mm(a_integers, b_integers) * a_scale * b_scale
     # In float32 the only differences are quotients next to a half, which may round otherwise.
     one_unit = a_scale * b_scale * 127
-    result = int8.multiply(a, b, from_int8=True)
+    result = rounded.multiply(a, b, from_int8=True)
     assert ((result - exact).abs() < 1e-4 + one_unit).all()
     # In bfloat16 the product and the result are rounded as well, to 8 bits.
-    narrow = int8.multiply(a.bfloat16(), b.bfloat16(), from_int8=True).float()
+    narrow = rounded.multiply(a.bfloat16(), b.bfloat16(), from_int8=True).float()
     assert (narrow - exact).norm() < 2**-6 * exact.norm()
     assert (narrow - a @ b).norm() > 2**-9 * exact.norm()
 
 
 def test_only_the_asked_products_of_the_asked_layers_are_from_int8(import_module, monkeypatch):
-    int8 = import_module("int8")
+    rounded = import_module("rounded")
     calls = []
-    multiply = int8.multiply
+    multiply = rounded.multiply
 
     def noted(a, b, from_int8):
         calls.append(from_int8)
         return multiply(a, b, from_int8)
 
-    monkeypatch.setattr(int8, "multiply", noted)
+    monkeypatch.setattr(rounded, "multiply", noted)
     gpt = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, bias=False))
-    int8.use_int8(gpt, ("output", "grad_weight"), last_of_mlp=False)
+    rounded.use_int8(gpt, ("output", "grad_weight"), last_of_mlp=False)
     ids = torch.zeros(2, 16, dtype=torch.long)
     gpt(ids, ids)[1].backward()
     assert type(gpt.transformer.h[0].mlp.c_proj) is torch.nn.Linear
@@ -116,7 +116,7 @@ def test_only_the_asked_products_of_the_asked_layers_are_from_int8(import_module
 # -----------------------------------------------------------------------------
 # gpu_ab.py
 
-ALL_ARMS = ["plain", "stack", "stack-float32-residual"]
+ALL_ARMS = ["plain", "stack", "stack-int8", "stack-float32-residual"]
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_the_first_arm_that_does_not_fail_sets_the_length(import_module, bins, m
     monkeypatch.setattr(gpu_ab, "run_alone", run_alone)
     config = gpu_ab.read_settings([f"--dataset={bins}", "--device=cpu"])
     gpu_ab.compare(config, [])
-    assert lengths == [0, 0, 123]
+    assert lengths == [0, 0, 123, 123]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Matrix products in int8, by torchao (torchao.prototype.quantized_training).
+
+In a training step, the linear layers of the blocks compute their outputs and the gradients of
+their inputs from int8: each row of the left matrix and each column of the right one is divided by
+its largest absolute value, rounded to a multiple of 1/127, and multiplied by it again after the
+product. The gradients of the weights, the head, and evaluations are computed as without int8.
+Weights, checkpoints and the optimizers do not change.
+"""
+
+import logging
+
+import torch
+from torch import nn
+
+from configurator import UserError
+from model import GPT, to_autocast_dtype
+from onenight.system.wording import first_line
+
+TORCHAO = "torchao==0.18.0"  # what the project was tried with
+AMPERE = (8, 0)  # the compute capability from which on GPUs have bfloat16: the RTX 30 series
+
+
+def check_int8(device: torch.device, dtype: str):
+    """Raise UserError if this machine cannot train with int8 products and this number format. Print
+    a line if it can, but slowly."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"int8 needs an RTX 30 or newer, not an {name}: leave out --int8")
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"int8 needs an NVIDIA GPU, not {device.type}: leave out --int8")
+    if dtype == "float16":
+        raise UserError("int8 needs the range of bfloat16, not of float16: leave out --dtype")
+    load_product()
+    if device.type == "cpu":
+        print("int8 is for NVIDIA GPUs: on a CPU it is slower than without")
+
+
+def load_product():
+    """Return torchao's function that rounds two matrices to int8 and multiplies them. Raises
+    UserError if torchao is missing."""
+    # Warnings about torchao's other parts, some of which are for another version of torch.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        from torchao.prototype.quantized_training.int8_mixed_precision import _dynamic_int8_mm
+    except ImportError as error:
+        reason = first_line(error)
+        raise UserError(f"int8 needs torchao ({reason}): pip install {TORCHAO}") from None
+    return _dynamic_int8_mm
+
+
+def use_int8(model: GPT):
+    """Make the linear layers of the blocks multiply in int8 when they are trained."""
+    multiply = load_product()
+    for layer in model.transformer.h.modules():
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = Int8Linear
+            layer.multiply = multiply
+
+
+class Int8Linear(nn.Linear):
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        # In two dimensions, so that Inductor rounds in the kernel that computes x.
+        rows = to_autocast_dtype(x).flatten(0, -2)
+        y = _Int8Products.apply(rows, self.weight, self.multiply)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+
+class _Int8Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, multiply):
+        ctx.save_for_backward(x, weight)
+        ctx.multiply = multiply
+        return multiply(x, weight.to(x.dtype).T)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = ctx.multiply(grad, weight.to(x.dtype))
+        return grad_x, (grad.T @ x).to(weight.dtype), None

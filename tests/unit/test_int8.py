@@ -1,0 +1,95 @@
+"""int8.py: matrix products of rounded numbers, and where they are refused."""
+
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+
+from configurator import UserError
+from model import GPT, GPTConfig
+from onenight.training.int8 import Int8Linear, check_int8, use_int8
+
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64}
+CPU = torch.device("cpu")
+
+
+def rounded(matrix, dim):
+    """Return the matrix with each row (dim 1) or column (dim 0) rounded to 127 steps on each side
+    of zero."""
+    scale = matrix.abs().amax(dim, keepdim=True) / 127
+    return (matrix / scale).round() * scale
+
+
+def make_layer(bias):
+    """Return an ordinary layer of a block, and the same with int8 products."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**SHAPE, bias=bias))
+    other = deepcopy(gpt)
+    use_int8(other)
+    plain = gpt.transformer.h[0].mlp.c_fc
+    if bias:
+        torch.nn.init.normal_(plain.bias)
+    layer = other.transformer.h[0].mlp.c_fc
+    layer.load_state_dict(plain.state_dict())
+    return plain, layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_outputs_and_input_gradients_are_products_of_rounded_matrices(bias):
+    plain, layer = make_layer(bias)
+    x = torch.randn(2, 16, 32, requires_grad=True)
+    grad = torch.randn(2, 16, 128)
+    y = layer(x)
+    y.backward(grad)
+
+    rows, weight, grads = x.detach().flatten(0, 1), plain.weight.detach(), grad.flatten(0, 1)
+    expected = rounded(rows, 1) @ rounded(weight, 1).T
+    if bias:
+        expected += plain.bias.detach()
+    # float32, whose quotients may lie on the other side of a half: one step of one number.
+    assert torch.allclose(y.flatten(0, 1), expected, atol=1e-4)
+    assert not torch.allclose(y, plain(x), atol=1e-4)
+    expected = rounded(grads, 1) @ rounded(weight, 0)
+    assert torch.allclose(x.grad.flatten(0, 1), expected, atol=1e-4)
+    # The gradients of the weights are not rounded.
+    plain(x.detach()).backward(grad)
+    for one, other in zip(layer.parameters(), plain.parameters()):
+        assert torch.allclose(one.grad, other.grad, atol=1e-5)
+
+
+def test_evaluations_and_the_head_do_not_use_int8():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**SHAPE, bias=False))
+    other = deepcopy(gpt)
+    use_int8(other)
+    ids = torch.randint(64, (2, 16))
+    assert gpt(ids, ids)[1] != other(ids, ids)[1]
+    assert type(other.lm_head) is torch.nn.Linear
+    assert sum(type(layer) is Int8Linear for layer in other.modules()) == 4
+    assert gpt.eval()(ids, ids)[1] == other.eval()(ids, ids)[1]
+    assert other.state_dict().keys() == gpt.state_dict().keys()
+
+
+def test_a_cpu_is_told_that_it_is_slow(capsys):
+    check_int8(CPU, "bfloat16")
+    assert "on a CPU it is slower" in capsys.readouterr().out
+
+
+def test_devices_and_formats_without_int8_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="bfloat16, not of float16"):
+        check_int8(CPU, "float16")
+    with pytest.raises(UserError, match="NVIDIA GPU, not mps"):
+        check_int8(torch.device("mps"), "bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
+    with pytest.raises(UserError, match="RTX 30 or newer, not an RTX 2080"):
+        check_int8(torch.device("cuda"), "float16")
+
+
+def test_without_torchao_it_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(UserError, match="needs torchao .*: pip install torchao==0.18.0"):
+        check_int8(CPU, "bfloat16")
