@@ -2,6 +2,7 @@
 One measurement of benchmarks/gpu.py. The last line of the output is its figures as JSON.
 
     python benchmarks/gpu_measure.py card
+    python benchmarks/gpu_measure.py int8_products
     python benchmarks/gpu_measure.py training config/train_fineweb_4070.py --chunk_rows=1024
     python benchmarks/gpu_measure.py saving config/train_fineweb_4070.py
     python benchmarks/gpu_measure.py sampling config/train_fineweb_4070.py --samples=8
@@ -35,12 +36,15 @@ from onenight.system.device import (
 from onenight.system.distributed import Ranks
 from onenight.system.memory import GB, peak_memory_gb
 from onenight.training import plan
+from onenight.training.int8 import load_product
 from onenight.training.recovery import Recovery
 from onenight.training.settings import TrainConfig, resolve
 from onenight.training.trainer import Trainer
 from train import clip_and_update, forward_backward
 
 PROMPT = [198]  # a newline
+# Rows, inner dimension and columns of products in the blocks of the nights' models.
+INT8_SHAPES = [(16384, 768, 2304), (16384, 2304, 768), (16384, 768, 768), (8192, 2048, 768)]
 
 
 @dataclass
@@ -57,7 +61,13 @@ class MeasureConfig(TrainConfig):
 
 
 def main(arguments: list[str]):
-    measurements = {"card": card, "training": training, "saving": saving, "sampling": sampling}
+    measurements = {
+        "card": card,
+        "int8_products": int8_products,
+        "training": training,
+        "saving": saving,
+        "sampling": sampling,
+    }
     if not arguments or arguments[0] not in measurements:
         raise UserError(f"the first argument must be one of: {', '.join(measurements)}")
     config = configure(MeasureConfig, arguments[1:], __doc__)
@@ -110,6 +120,31 @@ def peak_gb(device: torch.device) -> dict[str, float]:
         return {}
     allocated, reserved = peak_memory_gb(device)
     return {"allocated_gb": allocated, "reserved_gb": reserved}
+
+
+# ---- int8
+
+
+def int8_products(config: MeasureConfig) -> dict:
+    """Return the largest difference between the products of integers by torchao and the exact ones,
+    in the shapes of a micro-batch.
+
+    The integers are rounded to themselves, because each row of the left matrix and each column of
+    the right one contains 127, and float32 holds their products exactly.
+    """
+    device = choose_device(config.device)
+    multiply = load_product()
+    sizes = INT8_SHAPES if device.type == "cuda" else [(64, 48, 80)]
+    largest = 0.0
+    for rows, inner, columns in sizes:
+        a = torch.randint(-60, 61, (rows, inner), device=device)
+        b = torch.randint(-60, 61, (inner, columns), device=device)
+        a[:, 0] = 127
+        b[0] = 127
+        exact = a.double() @ b.double()
+        difference = (multiply(a.float(), b.float()) - exact).abs().max().item()
+        largest = max(largest, difference)
+    return {"difference": largest}
 
 
 # ---- training

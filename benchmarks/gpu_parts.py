@@ -15,6 +15,7 @@ from onenight.system.memory import GB, RESERVE
 Measurements = Iterator[tuple[str, dict]]
 
 NEEDS_GPU = {"skipped": "needs a GPU"}
+WORTH_INT8 = 0.03  # the gain in speed from which --int8 is recommended: more than noise
 TUNED_MULTIPROCESSORS = 68  # Inductor tunes matrix products only on GPUs with at least as many
 
 
@@ -49,6 +50,19 @@ def train_config(file: str, bench: Bench) -> Measurements:
     size = max(fitting)
     steps = figures["windows"] // size
     yield name, bench.training(file, batch_size=size, gradient_accumulation_steps=steps)
+
+
+def int8(bench: Bench) -> Measurements:
+    """Whether torchao's products are right, and the short night with and without them."""
+    yield "torchao's products of integers", bench.figures("int8_products", *bench.flags())
+    without = bench.training(FAST)
+    yield "the short night without --int8", without
+    figures = bench.training(FAST, int8=True)
+    if "failed" not in without and "failed" not in figures:
+        figures["gain"] = figures["tokens_per_s"] / without["tokens_per_s"] - 1
+        worth_it = figures["gain"] >= WORTH_INT8
+        figures["note"] = "so train with --int8" if worth_it else "so leave out --int8"
+    yield "the short night with --int8", figures
 
 
 def peer(bench: Bench) -> Measurements:
@@ -195,6 +209,7 @@ PARTS = [
     ("card", the_card, 60),
     ("the night", functools.partial(train_config, NIGHT), 240),
     ("the short night", functools.partial(train_config, FAST), 240),
+    ("int8", int8, 240),
     ("nanoGPT", peer, 480),
     ("out of memory", out_of_memory, 150),
     ("resuming", resuming, 150),

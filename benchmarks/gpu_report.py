@@ -17,6 +17,7 @@ WORDS = {
     "reserved_gb": "reserved {:.2f} GB",
     "compile_s": "compiled in {:.0f} s",
     "share_of_bandwidth": "{:.0%} of the copying speed",
+    "difference": "at most {:.1g} from the exact ones",
     "note": "{}",
     "times": "{:.2f} times",
     "matmul_tflops": "{:.2f} TFLOP/s",

@@ -10,12 +10,17 @@ from onenight.training.optimizers import MUON, groups_by_optimizer, state_number
 from onenight.training.settings import TrainConfig
 
 FLOAT32_BYTES = 4
+# How much faster int8 products are than bfloat16's: at least this much, by the rated speeds of all
+# GPUs that have them (GeForce cards: 4).
+INT8_SPEED = 2
 # Extra bytes that an eager run saves for the backward pass, for each token, block and channel, on
 # a CPU.
 EAGER_BYTES = {"gpt2": 0, "qwen3": 30}
 # Without torch.compile each operation reads and writes memory by itself, mostly in float32: about
 # this many times what the compiled kernels do. The softmax makes 8 passes over the logits, not 2.
 EAGER_PASSES = 4
+# What rounding a weight by rows and by columns moves beside the change of its number format.
+INT8_WEIGHT_BYTES = 9
 
 
 def predict_seconds(model: GPT, config: TrainConfig, speed: Speed) -> float:
@@ -25,10 +30,24 @@ def predict_seconds(model: GPT, config: TrainConfig, speed: Speed) -> float:
     The FLOPs are PaLM's count. It has 12 for each channel and position that attention reads, of
     which causal attention computes 7, at about 0.6 times the speed of matrix products.
     """
-    flops = config.tokens_per_iter * model.flops_per_token() + update_flops(model, config)
+    flops = config.tokens_per_iter * (model.flops_per_token() - int8_gain(model, config))
+    flops += update_flops(model, config)
     moved = config.tokens_per_iter * moved_per_token(model.config, config)
     moved += weight_bytes(model, config)
     return flops / speed.tflops / 1e12 + moved / speed.gb_per_s / GB
+
+
+def int8_gain(model: GPT, config: TrainConfig) -> float:
+    """Return the FLOPs per token that the products which are computed in int8 save, in terms of
+    those of other products: outputs and gradients of inputs, 4 for each weight of the blocks."""
+    if not config.int8:
+        return 0
+    return 4 * block_weights(model) * (1 - 1 / INT8_SPEED)
+
+
+def block_weights(model: GPT) -> int:
+    """Return the number of weights in the matrices of the blocks."""
+    return sum(p.numel() for p in model.transformer.h.parameters() if p.dim() > 1)
 
 
 def moved_per_token(shape: GPTConfig, config: TrainConfig) -> float:
@@ -45,6 +64,11 @@ def moved_per_token(shape: GPTConfig, config: TrainConfig) -> float:
     # The activation of the MLP: 2 forward and 3 backward; with a gate 3 and 5.
     passes = 8 if shape.parts.gated_mlp else 5
     channels += passes * shape.mlp_width
+    # Rounding to int8, half a number each: the inputs of the linear layers, and the gradients of
+    # their outputs. All that is as wide as the model is read again for it, except both norms.
+    if config.int8:
+        passes = 1.5 if shape.parts.gated_mlp else 1
+        channels += 10 * shape.n_embd + passes * shape.mlp_width
     # The logits are read, and their gradients written.
     numbers = shape.n_layer * channels + 2 * shape.vocab_size
     if not config.compile:
@@ -63,6 +87,8 @@ def weight_bytes(model: GPT, config: TrainConfig) -> float:
     # Weights are read in one format and written in the other, and so are their gradients.
     if dtype_bytes < FLOAT32_BYTES:
         moved += micro_batches * 2 * (FLOAT32_BYTES + dtype_bytes) * parameters
+    if config.int8:
+        moved += micro_batches * INT8_WEIGHT_BYTES * block_weights(model)
     # The gradients of each micro-batch after the first: two reads and a write.
     moved += (micro_batches - 1) * 3 * FLOAT32_BYTES * parameters
     # The update reads gradients, and reads and writes weights and the optimizer's state.
@@ -88,11 +114,12 @@ def predict_memory(model: GPT, config: TrainConfig, micro_batch_size: int) -> di
     shape = model.config
     dtype_bytes = DTYPES[config.dtype].itemsize
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    matrices = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() > 1)
     tokens = micro_batch_size * shape.block_size
     activations = tokens * shape.n_layer * saved_bytes_per_token(shape, config)
     if dtype_bytes < FLOAT32_BYTES:
-        activations += dtype_bytes * matrices  # the weights as the products read them
+        activations += dtype_bytes * block_weights(model)  # the weights as the products read them
+    if config.int8:
+        activations += 2 * block_weights(model)  # rounded by rows and by columns
     return {
         "weights": FLOAT32_BYTES * parameters,
         "gradients": FLOAT32_BYTES * parameters,

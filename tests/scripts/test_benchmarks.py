@@ -60,6 +60,7 @@ PARTS = [
     "card",
     "the night",
     "the short night",
+    "int8",
     "nanoGPT",
     "out of memory",
     "resuming",
@@ -102,6 +103,8 @@ def test_gpu_measures_every_part_without_a_gpu_and_a_failure_is_a_line(tmp_path)
         assert own["plan_gb"] > 0
         assert 0 < own["mfu"] < 1
         assert largest["batch_size"] == 2 * own["batch_size"]
+    assert parts["int8"]["torchao's products of integers"] == {"difference": 0}
+    assert "gain" in parts["int8"]["the short night with --int8"]
     # On a CPU, a resumed run continues bit for bit.
     resumed = parts["resuming"]["losses after a stop, resumed"]
     assert resumed == {"loss_difference": 0, "iters": 10}
@@ -167,6 +170,8 @@ class MadeUpCard:
         speed = 1000.0 * size
         if flags.get("float32_stream"):
             speed *= 1.5
+        if flags.get("int8"):
+            speed *= 1.25
         return {
             "batch_size": size,
             "tokens_per_s": speed,
@@ -196,6 +201,10 @@ def test_gpu_computes_what_to_measure_next_from_the_figures_so_far(gpu, tmp_path
     sizes = [flags.get("batch_size") for what, flags in card.asked if what == night]
     assert sizes == [None, "32"]
     assert parts["the night"]["the config's micro-batch"]["mfu"] == 0.4
+
+    figures = parts["int8"]["the short night with --int8"]
+    assert figures["gain"] == 0.25
+    assert figures["note"] == "so train with --int8"
 
     assert parts["nanoGPT"]["ours / peer"] == {"times": 2.0}
     sizes = [flags["batch_size"] for _, flags in card.asked if "only" in flags]
