@@ -35,7 +35,7 @@ from onenight.system.device import (
 )
 from onenight.system.distributed import Ranks
 from onenight.system.memory import GB, peak_memory_gb
-from onenight.training import plan
+from onenight.training import costs
 from onenight.training.int8 import load_product
 from onenight.training.recovery import Recovery
 from onenight.training.settings import TrainConfig, resolve
@@ -160,7 +160,7 @@ def training(config: MeasureConfig) -> dict:
     )
     device = torch.device(config.device)
     model.CHUNK_ROWS = config.chunk_rows
-    plan.CHUNK_ROWS = config.chunk_rows
+    costs.CHUNK_ROWS = config.chunk_rows
     trainer = Trainer(config, Ranks())
     recovery = Recovery(trainer)
     if config.float32_stream:
@@ -247,7 +247,7 @@ def larger_sizes(trainer: Trainer, windows: int) -> list[int]:
 
 def planned_gb(trainer: Trainer, micro_batch_size: int) -> float:
     """Return the peak that the plan predicts."""
-    memory = plan.predict_memory(trainer.model, trainer.config, micro_batch_size)
+    memory = costs.predict_memory(trainer.model, trainer.config, micro_batch_size)
     return sum(memory.values()) / GB
 
 

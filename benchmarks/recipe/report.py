@@ -1,17 +1,20 @@
 """
-Prints benchmarks/recipe/results.jsonl as Markdown tables, and draws benchmarks/recipe/loss.png.
+Prints results of run.py as Markdown tables, and draws their losses.
 
-    python benchmarks/recipe/report.py
+    python benchmarks/recipe/report.py                       # results.jsonl, loss.png
+    python benchmarks/recipe/report.py results-h100.jsonl    # loss-h100.png
 
-The difference is that of the mean losses of a row and of `muon-qwen3`, with its standard error if
-both have several seeds. If muon-qwen3 has runs of several lengths, the last column is the number of
-tokens that a row needs to reach its loss, relative to muon-qwen3: exp(difference / slope), where
-the slope is what muon-qwen3 gains for each e-fold of tokens.
+The files are in benchmarks/recipe/. The difference is that of the mean losses of a row and of
+`muon-qwen3`, with its standard error if both have several seeds. If muon-qwen3 has runs of several
+lengths, the last column is the number of tokens that a row needs to reach its loss, relative to
+muon-qwen3: exp(difference / slope), where the slope is what muon-qwen3 gains for each e-fold of
+tokens.
 """
 
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,8 +24,8 @@ FOLDER = Path(__file__).parent
 BASE = "muon-qwen3"
 
 
-def main():
-    lines = (FOLDER / "results.jsonl").read_text().splitlines()
+def main(name: str = "results.jsonl"):
+    lines = (FOLDER / name).read_text().splitlines()
     runs = [json.loads(line) for line in lines]
     losses = losses_by_row(runs)
     lengths = sorted(tokens for name, tokens in losses if name == BASE)
@@ -39,7 +42,9 @@ def main():
     for tokens in reversed(lengths):
         print_table(losses, tokens, slope)
     first_seed = runs[0]["seed"]
-    draw([run for run in runs if length(run) == longest and run["seed"] == first_seed])
+    drawn = [run for run in runs if length(run) == longest and run["seed"] == first_seed]
+    picture = name.replace("results", "loss").replace(".jsonl", ".png")
+    draw(drawn, FOLDER / picture)
 
 
 def losses_by_row(runs: list[dict]) -> dict:
@@ -97,8 +102,8 @@ def print_table(losses: dict, tokens: int, slope: float):
     print()
 
 
-def draw(runs: list[dict]):
-    """Draw loss.png: the val loss of each run against tokens."""
+def draw(runs: list[dict], path: Path):
+    """Draw the val loss of each run against tokens."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for run in sorted(runs, key=final_loss):
@@ -120,8 +125,8 @@ def draw(runs: list[dict]):
     axes.set_ylabel("val loss (nats per token, 4,096 ids)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(FOLDER / "loss.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -17,6 +17,7 @@ Set it up once, on Linux with g++, in a virtual environment of its own (6 GB):
 
     python3 -m venv ../roofline
     ../roofline/bin/pip install torch==2.14.1 numpy tiktoken filelock
+    ../roofline/bin/pip install --no-deps torchao==0.18.0    # for --int8
     ../roofline/bin/python benchmarks/roofline/run.py train config/train_fineweb_4070.py
 
 Exact, for torch 2.14.1: that everything compiles; the bytes of all buffers that kernels read and
@@ -53,7 +54,7 @@ from onenight.models.generate import Sampling, draw_uniforms, generate
 from onenight.system.console import run_script
 from onenight.system.device import autocast, compile_model, use_tf32
 from onenight.system.memory import GB
-from onenight.training.costs import predict_memory
+from onenight.training.costs import INT8_SPEED, predict_memory
 from onenight.training.int8 import use_int8
 from onenight.training.optimizers import CHOICES, make_optimizers
 from onenight.training.settings import TrainConfig
@@ -301,7 +302,7 @@ def estimate_ms(work: list[Work]) -> dict[str, float]:
         if item.kind == "products":
             seconds = max(seconds, item.flops / PRODUCT_FLOPS)
         elif item.kind == "int8 products":
-            seconds = max(seconds, item.flops / 2 / PRODUCT_FLOPS)
+            seconds = max(seconds, item.flops / INT8_SPEED / PRODUCT_FLOPS)
         elif item.kind == "attention":
             # Half of the FLOPs: a token attends to those before it.
             seconds = max(seconds, item.flops / 2 / ATTENTION_FLOPS)

@@ -12,6 +12,7 @@ import torch
 from configurator import UserError
 from model import ARCHITECTURES, GPT, RMS_NORM_EPS, ROTARY_BASE, GPTConfig
 from onenight.data.tokenizer import EOT, VOCAB_SIZE
+from onenight.system.console import quiet_torchao
 
 
 def import_transformers():
@@ -22,6 +23,7 @@ def import_transformers():
             "transformers, which Hugging Face folders need, does not work without docstrings; "
             "run this without python -OO and PYTHONOPTIMIZE=2"
         )
+    quiet_torchao()
     try:
         import transformers
         from transformers import TokenizersBackend  # noqa: F401  new in version 5

@@ -1,6 +1,7 @@
 """Output that cannot end a run, signals that stop one, and the entry point of the scripts."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -43,6 +44,13 @@ class Output:
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+
+def quiet_torchao():
+    """Keep torchao from printing warnings, about parts that are not used here, when it is imported.
+    transformers imports it too, if it is installed."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def set_up_output(*names: str):

@@ -7,13 +7,12 @@ product. The gradients of the weights, the head, and evaluations are computed as
 Weights, checkpoints and the optimizers do not change.
 """
 
-import logging
-
 import torch
 from torch import nn
 
 from configurator import UserError
 from model import GPT, to_autocast_dtype
+from onenight.system.console import quiet_torchao
 from onenight.system.wording import first_line
 
 TORCHAO = "torchao==0.18.0"  # what the project was tried with
@@ -38,9 +37,7 @@ def check_int8(device: torch.device, dtype: str):
 def load_product():
     """Return torchao's function that rounds two matrices to int8 and multiplies them. Raises
     UserError if torchao is missing."""
-    # Warnings about torchao's other parts, some of which are for another version of torch.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_torchao()
     try:
         from torchao.prototype.quantized_training.int8_mixed_precision import _dynamic_int8_mm
     except ImportError as error:

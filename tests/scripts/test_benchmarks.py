@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import PROGRAMS, ROOT, TINY, assert_one_sentence, run, start, wait_for_line
+import train as train_script
+from helpers import (
+    PROGRAMS,
+    ROOT,
+    TINY,
+    assert_one_sentence,
+    run,
+    run_here,
+    start,
+    wait_for_line,
+)
+from model import CHUNK_ROWS
 
 CIRCUMSTANCES = {"command", "commit", "date", "machine", "torch"}
 
@@ -78,10 +89,34 @@ def gpu(monkeypatch):
     return importlib.import_module("gpu")
 
 
-def test_gpu_measures_every_part_without_a_gpu_and_a_failure_is_a_line(tmp_path):
+@pytest.fixture
+def run_bench_here(gpu, monkeypatch):
+    """Make a Bench run its scripts in this process, which saves a minute of imports."""
+    scripts = {
+        ROOT / "train.py": train_script,
+        ROOT / "benchmarks" / "gpu_measure.py": importlib.import_module("gpu_measure"),
+    }
+    run_alone = gpu.Bench.run
+
+    def run_bench(bench, script, *arguments, **environment):
+        if script not in scripts:
+            return run_alone(bench, script, *arguments, **environment)
+        result = run_here(scripts[script], *arguments)
+        failed = result.returncode and result.stderr.splitlines()[-1]
+        return result.stdout.strip(), failed
+
+    monkeypatch.setattr(gpu.Bench, "run", run_bench)
+    monkeypatch.setattr("onenight.system.device.MEASURE_S", 0.0)
+    monkeypatch.setattr("model.CHUNK_ROWS", CHUNK_ROWS)  # which gpu_measure.py sets
+    monkeypatch.setattr("onenight.training.costs.CHUNK_ROWS", CHUNK_ROWS)
+
+
+def test_gpu_measures_every_part_without_a_gpu_and_a_failure_is_a_line(
+    gpu, run_bench_here, tmp_path
+):
     data_before = sorted((ROOT / "data").rglob("*"))
     path = tmp_path / "gpu.json"
-    result = run("benchmarks/gpu.py", "--device=cpu", "--peer=nowhere", f"--save={path}")
+    result = run_here(gpu, "--device=cpu", "--peer=nowhere", f"--save={path}")
     assert result.returncode == 0, result.stderr
     assert sorted((ROOT / "data").rglob("*")) == data_before
 

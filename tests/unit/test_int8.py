@@ -96,18 +96,14 @@ def test_without_torchao_it_says_what_to_install(monkeypatch):
 
 
 def test_compiled_it_is_the_same_up_to_rounding():
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(**SHAPE, bias=False))
-    use_int8(gpt)
-    ids = torch.randint(64, (2, 16))
-    losses = []
-    gradients = []
-    for step in (gpt, torch.compile(gpt, dynamic=False)):
-        gpt.zero_grad()
-        _, loss = step(ids, ids)
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    # Numbers next to a half are rounded to a neighbouring step, of 1/127 of the largest.
-    assert (gradients[0] - gradients[1]).norm() < gradients[0].norm() / 127
+    _, layer = make_layer(bias=False)
+    x = torch.randn(2, 16, 32, requires_grad=True)
+    grad = torch.randn(2, 16, 128)
+    results = []
+    for call in (layer, torch.compile(layer, dynamic=False)):
+        x.grad = layer.weight.grad = None
+        y = call(x)
+        y.backward(grad)
+        results.append((y.detach(), x.grad, layer.weight.grad))
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, atol=1e-4)
