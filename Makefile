@@ -15,6 +15,7 @@ demo: $(VENV)/run
 	@echo "$(BIN)/python -m pip install transformers && $(BIN)/python export.py --out_dir=out-demo --export_dir=my-gpt"
 
 test: $(VENV)/dev
+	# Two processes of one thread each, for two cores.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/dev

@@ -4,11 +4,11 @@ Measures on your own GPU what the project has not measured yet.
     python benchmarks/gpu.py
     python benchmarks/gpu.py --peer=../nanoGPT --minutes=40
 
-These are speed, memory against the plan, nanoGPT beside it, running out of memory, resuming,
-sampling, and the gain of some switches. It trains on random ids in a temporary folder and does not
-touch data/ and out*/. Each measurement runs in a process of its own: if one fails, it is a line in
-the table, and the others still run. The most important parts come first, and those that the minutes
-are too short for are named. After each measurement it writes
+These are speed, memory against the plan, the gain of --int8, nanoGPT beside it, running out of
+memory, resuming, sampling, and the gain of some switches. It trains on random ids in a temporary
+folder and does not touch data/ and out*/. Each measurement runs in a process of its own: if one
+fails, it is a line in the table, and the others still run. The most important parts come first, and
+those that the minutes are too short for are named. After each measurement it writes
 benchmarks/results/gpu-<name of the card>.json, and the table beside it as .md. Without a GPU the
 same parts run with tiny models, which shows only that they work.
 """

@@ -2,7 +2,7 @@
 One measurement of benchmarks/gpu.py. The last line of the output is its figures as JSON.
 
     python benchmarks/gpu_measure.py card
-    python benchmarks/gpu_measure.py int8_products
+    python benchmarks/gpu_measure.py exactness
     python benchmarks/gpu_measure.py training config/train_fineweb_4070.py --chunk_rows=1024
     python benchmarks/gpu_measure.py saving config/train_fineweb_4070.py
     python benchmarks/gpu_measure.py sampling config/train_fineweb_4070.py --samples=8
@@ -44,7 +44,14 @@ from train import clip_and_update, forward_backward
 
 PROMPT = [198]  # a newline
 # Rows, inner dimension and columns of products in the blocks of the nights' models.
-INT8_SHAPES = [(16384, 768, 2304), (16384, 2304, 768), (16384, 768, 768), (8192, 2048, 768)]
+INT8_SHAPES = [
+    (16384, 768, 768),
+    (16384, 768, 2304),
+    (16384, 2304, 768),
+    (16384, 768, 2048),
+    (16384, 2048, 768),
+    (16384, 3072, 768),
+]
 
 
 @dataclass
@@ -63,7 +70,7 @@ class MeasureConfig(TrainConfig):
 def main(arguments: list[str]):
     measurements = {
         "card": card,
-        "int8_products": int8_products,
+        "exactness": exactness,
         "training": training,
         "saving": saving,
         "sampling": sampling,
@@ -125,9 +132,9 @@ def peak_gb(device: torch.device) -> dict[str, float]:
 # ---- int8
 
 
-def int8_products(config: MeasureConfig) -> dict:
-    """Return the largest difference between the products of integers by torchao and the exact ones,
-    in the shapes of a micro-batch.
+def exactness(config: MeasureConfig) -> dict:
+    """Return the largest difference between torchao's products of integers and the exact ones, with
+    the right matrix in both memory orders, as in training.
 
     The integers are rounded to themselves, because each row of the left matrix and each column of
     the right one contains 127, and float32 holds their products exactly.
@@ -142,8 +149,9 @@ def int8_products(config: MeasureConfig) -> dict:
         a[:, 0] = 127
         b[0] = 127
         exact = a.double() @ b.double()
-        difference = (multiply(a.float(), b.float()) - exact).abs().max().item()
-        largest = max(largest, difference)
+        for right in (b.float(), b.T.contiguous().T.float()):
+            difference = (multiply(a.float(), right) - exact).abs().max().item()
+            largest = max(largest, difference)
     return {"difference": largest}
 
 

@@ -41,7 +41,8 @@ bias = False
 # From modded-nanogpt's track 3, for 524,288 tokens per iteration: NorMuon at 0.035 with a decay of
 # 0.025 (result 10), and AdamW at 0.7, 0.004 and 0.015 (result 36). All are multiplied by sqrt(1/2)
 # for half as many tokens. Muon also has cautious decay (result 46) and EMA-Nesterov (result 39).
-# Others measured each of these in its own setting; nobody has measured this combination at 124M.
+# Others measured each of these in its own setting. Together they were better than plain Muon over
+# 23 million tokens, and have not been tried for a whole night (benchmarks/recipe/README.md).
 optimizer = "muon"
 learning_rate = 0.0247  # Muon, for the matrices of the blocks
 embedding_lr = 0.5  # AdamW, as for the next two
@@ -62,6 +63,6 @@ min_lr = 0.0
 
 compile = True
 
-# Two thirds of the blocks' products in int8, with torchao: 1.15 times as fast by the plan. Not
-# measured on any GPU yet (README).
+# Two thirds of the products of the blocks' linear layers in int8, with torchao: 1.15 times as fast
+# by the plan. Neither speed nor loss has been measured on a GPU yet (README).
 # int8 = True

@@ -10,7 +10,7 @@ from onenight.training.recovery import Recovery
 from onenight.training.schedule import LOOKAHEAD, set_rates
 from onenight.training.settings import TrainConfig
 from onenight.training.trainer import Progress, Trainer
-from rounded import PRODUCTS, use_int8
+from rounded import PRODUCTS, round_products
 from tail_average import TailAverage
 
 EVALS = 8  # in a run, at equal distances
@@ -42,6 +42,8 @@ class ChangedConfig(TrainConfig):
         changes_muon = self.normuon or self.cautious or self.lookahead
         if changes_muon and self.optimizer != "muon":
             raise ValueError("normuon, cautious and lookahead need --optimizer=muon")
+        if self.int8 and self.int8_products:
+            raise ValueError("int8_products emulates int8: use one of them")
         if not set(self.int8_products.split(",")) <= {"", *PRODUCTS}:
             raise ValueError(
                 f"int8_products must be some of {','.join(PRODUCTS)}, not {self.int8_products}"
@@ -76,7 +78,7 @@ class ChangedRun:
             if not config.lookahead:
                 self.matrices["lookahead"] = None
         if config.int8_products:
-            use_int8(model, tuple(config.int8_products.split(",")), config.int8_last)
+            round_products(model, tuple(config.int8_products.split(",")), config.int8_last)
         self.tail_average = None
         if config.tail_average:
             self.tail_average = TailAverage(model.named_parameters(), config.max_iters)

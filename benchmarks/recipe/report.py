@@ -24,8 +24,8 @@ FOLDER = Path(__file__).parent
 BASE = "muon-qwen3"
 
 
-def main(name: str = "results.jsonl"):
-    lines = (FOLDER / name).read_text().splitlines()
+def main(file_name: str = "results.jsonl"):
+    lines = (FOLDER / file_name).read_text().splitlines()
     runs = [json.loads(line) for line in lines]
     losses = losses_by_row(runs)
     lengths = sorted(tokens for name, tokens in losses if name == BASE)
@@ -43,7 +43,7 @@ def main(name: str = "results.jsonl"):
         print_table(losses, tokens, slope)
     first_seed = runs[0]["seed"]
     drawn = [run for run in runs if length(run) == longest and run["seed"] == first_seed]
-    picture = name.replace("results", "loss").replace(".jsonl", ".png")
+    picture = file_name.replace("results", "loss").replace(".jsonl", ".png")
     draw(drawn, FOLDER / picture)
 
 

@@ -1,9 +1,11 @@
-"""Matrix products of int8 in the blocks, for their effect on the loss; not for speed.
+"""Matrix products in int8, emulated for their effect on the loss: each product can be tried alone,
+and a CPU is faster than with torchao's.
 
 The operands are rounded as torchao rounds them (prototype.quantized_training): each row of the left
 one and each column of the right one is divided by its largest absolute value and rounded to a
 multiple of 1/127. The products of these integers are then computed in the dtype of the operands:
-bfloat16 represents integers up to 256 exactly.
+bfloat16 represents integers up to 256 exactly. Unlike torchao, it also rounds the sums to bfloat16
+before they are multiplied by the scales.
 """
 
 import torch
@@ -15,7 +17,7 @@ from model import GPT, to_autocast_dtype
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
 
-def use_int8(model: GPT, products: tuple[str, ...], last_of_mlp: bool):
+def round_products(model: GPT, products: tuple[str, ...], last_of_mlp: bool):
     """Compute these PRODUCTS of the linear layers of the blocks from int8; those of the MLP's last
     layer only if `last_of_mlp`."""
     for block in model.transformer.h:
@@ -24,11 +26,11 @@ def use_int8(model: GPT, products: tuple[str, ...], last_of_mlp: bool):
             layers.append(block.mlp.c_proj)
         for layer in layers:
             if layer is not None:
-                layer.__class__ = Int8Linear
+                layer.__class__ = RoundedLinear
                 layer.products = products
 
 
-class Int8Linear(nn.Linear):
+class RoundedLinear(nn.Linear):
     """A linear layer without a bias, some of whose `products` are computed from int8."""
 
     products: tuple[str, ...] = ()
@@ -37,11 +39,11 @@ class Int8Linear(nn.Linear):
         if not self.training:
             return super().forward(x)
         x = to_autocast_dtype(x)
-        y = _Int8Products.apply(x.flatten(0, -2), self.weight, self.products)
+        y = _RoundedProducts.apply(x.flatten(0, -2), self.weight, self.products)
         return y.view(*x.shape[:-1], -1)
 
 
-class _Int8Products(torch.autograd.Function):
+class _RoundedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, products):
         ctx.save_for_backward(x, weight)

@@ -23,7 +23,7 @@ def import_transformers():
             "transformers, which Hugging Face folders need, does not work without docstrings; "
             "run this without python -OO and PYTHONOPTIMIZE=2"
         )
-    quiet_torchao()
+    quiet_torchao()  # which transformers imports if it is installed
     try:
         import transformers
         from transformers import TokenizersBackend  # noqa: F401  new in version 5

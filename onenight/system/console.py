@@ -47,8 +47,8 @@ class Output:
 
 
 def quiet_torchao():
-    """Keep torchao from printing warnings, about parts that are not used here, when it is imported.
-    transformers imports it too, if it is installed."""
+    """Silence the warnings that importing torchao prints: its own, about parts that are not used
+    here, and torch's about the types that it registers."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

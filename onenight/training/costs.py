@@ -10,8 +10,8 @@ from onenight.training.optimizers import MUON, groups_by_optimizer, state_number
 from onenight.training.settings import TrainConfig
 
 FLOAT32_BYTES = 4
-# How much faster int8 products are than bfloat16's: at least this much, by the rated speeds of all
-# GPUs that have them (GeForce cards: 4).
+# How many times as fast int8 products are as bfloat16's. GeForce cards are rated at 4, an A100 and
+# an H100 at 2.
 INT8_SPEED = 2
 # Extra bytes that an eager run saves for the backward pass, for each token, block and channel, on
 # a CPU.
@@ -19,7 +19,8 @@ EAGER_BYTES = {"gpt2": 0, "qwen3": 30}
 # Without torch.compile each operation reads and writes memory by itself, mostly in float32: about
 # this many times what the compiled kernels do. The softmax makes 8 passes over the logits, not 2.
 EAGER_PASSES = 4
-# What rounding a weight by rows and by columns moves beside the change of its number format.
+# What rounding a weight by rows and by columns moves in each micro-batch, beside the change of its
+# number format: the difference between the kernels with and without --int8 (benchmarks/LOG.md).
 INT8_WEIGHT_BYTES = 9
 
 
@@ -38,9 +39,10 @@ def predict_seconds(model: GPT, config: TrainConfig, speed: Speed) -> float:
 
 
 def int8_gain(model: GPT, config: TrainConfig) -> float:
-    """Return the FLOPs per token that the products which are computed in int8 save, in terms of
-    those of other products: outputs and gradients of inputs, 4 for each weight of the blocks."""
-    if not config.int8:
+    """Return how many FLOPs of ordinary products int8 saves for each token: outputs and gradients
+    of inputs take 4 for each weight of the blocks. On a CPU it saves nothing."""
+    on_cpu = config.device == "cpu" and not config.is_planned_elsewhere
+    if on_cpu or not config.int8:
         return 0
     return 4 * block_weights(model) * (1 - 1 / INT8_SPEED)
 
@@ -64,8 +66,9 @@ def moved_per_token(shape: GPTConfig, config: TrainConfig) -> float:
     # The activation of the MLP: 2 forward and 3 backward; with a gate 3 and 5.
     passes = 8 if shape.parts.gated_mlp else 5
     channels += passes * shape.mlp_width
-    # Rounding to int8, half a number each: the inputs of the linear layers, and the gradients of
-    # their outputs. All that is as wide as the model is read again for it, except both norms.
+    # Rounding the inputs of the linear layers, and the gradients of their outputs, to int8: each
+    # writes half a number. What is as wide as the model is also read once more for it, except the
+    # outputs of the norms, which are rounded where they are computed.
     if config.int8:
         passes = 1.5 if shape.parts.gated_mlp else 1
         channels += 10 * shape.n_embd + passes * shape.mlp_width

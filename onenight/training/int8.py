@@ -3,8 +3,8 @@
 In a training step, the linear layers of the blocks compute their outputs and the gradients of
 their inputs from int8: each row of the left matrix and each column of the right one is divided by
 its largest absolute value, rounded to a multiple of 1/127, and multiplied by it again after the
-product. The gradients of the weights, the head, and evaluations are computed as without int8.
-Weights, checkpoints and the optimizers do not change.
+product. Everything else is as without: the gradients of the weights, attention itself, the head,
+the optimizers, evaluations, and checkpoints.
 """
 
 import torch
@@ -15,23 +15,21 @@ from model import GPT, to_autocast_dtype
 from onenight.system.console import quiet_torchao
 from onenight.system.wording import first_line
 
-TORCHAO = "torchao==0.18.0"  # what the project was tried with
-AMPERE = (8, 0)  # the compute capability from which on GPUs have bfloat16: the RTX 30 series
+TORCHAO = "torchao==0.18.0"  # tried on CPUs, and compiled for an RTX 4070
+AMPERE = (8, 0)  # compute capability of the A100, the first with bfloat16; the RTX 30 has 8.6
 
 
-def check_int8(device: torch.device, dtype: str):
-    """Raise UserError if this machine cannot train with int8 products and this number format. Print
-    a line if it can, but slowly."""
+def check_int8(device: torch.device):
+    """Raise UserError if this machine cannot train with int8 products. Print a line if it can, but
+    slowly."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"int8 needs an RTX 30 or newer, not an {name}: leave out --int8")
+        raise UserError(f"int8 needs an RTX 30 or newer, and this GPU is {name}: use --int8=False")
     if device.type not in ("cuda", "cpu"):
-        raise UserError(f"int8 needs an NVIDIA GPU, not {device.type}: leave out --int8")
-    if dtype == "float16":
-        raise UserError("int8 needs the range of bfloat16, not of float16: leave out --dtype")
+        raise UserError(f"int8 needs an NVIDIA GPU, not {device.type}: use --int8=False")
     load_product()
     if device.type == "cpu":
-        print("int8 is for NVIDIA GPUs: on a CPU it is slower than without")
+        print("int8 is meant for NVIDIA GPUs: on a CPU, training is slower with it")
 
 
 def load_product():

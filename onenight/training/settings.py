@@ -119,7 +119,7 @@ class TrainConfig:
         "auto", "number format; float16 uses loss scaling", choices=("auto", *DTYPES)
     )
     int8: bool = setting(
-        False, "multiply in int8 in the blocks: faster on an RTX 30 or newer; needs torchao"
+        False, "multiply in int8 in the blocks, for speed on an RTX 30 or newer; needs torchao"
     )
     vram_limit_gb: float = setting(
         0.0, "limit GPU memory to that of a card with this many GB; 0: no limit", low=0
@@ -142,6 +142,9 @@ class TrainConfig:
                 )
         if self.is_planned_elsewhere and not self.plan:
             raise ValueError("plan_card and plan_vram_gb are for a plan: add --plan")
+        if self.int8 and self.dtype == "float16":
+            # The scales, 1/127 of the largest number of a row, would underflow.
+            raise ValueError("int8 needs the range of bfloat16: leave out dtype=float16")
         refuse_file_as_dataset(self.dataset)
 
     @property
@@ -201,7 +204,7 @@ def resolve(config: TrainConfig, device: str) -> TrainConfig:
         return replace(config, device=str(chosen), dtype=dtype)
     dtype = choose_dtype(config.dtype, chosen)
     if config.int8:
-        check_int8(chosen, dtype)
+        check_int8(chosen)
     compiled = config.compile and compile_works(chosen)
     return replace(config, device=str(chosen), dtype=dtype, compile=compiled)
 

@@ -104,7 +104,7 @@ def test_only_the_asked_products_of_the_asked_layers_are_from_int8(import_module
 
     monkeypatch.setattr(rounded, "multiply", noted)
     gpt = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, bias=False))
-    rounded.use_int8(gpt, ("output", "grad_weight"), last_of_mlp=False)
+    rounded.round_products(gpt, ("output", "grad_weight"), last_of_mlp=False)
     ids = torch.zeros(2, 16, dtype=torch.long)
     gpt(ids, ids)[1].backward()
     assert type(gpt.transformer.h[0].mlp.c_proj) is torch.nn.Linear

@@ -9,6 +9,7 @@ import torch
 from configurator import UserError
 from model import GPT, GPTConfig
 from onenight.training.int8 import Int8Linear, check_int8, use_int8
+from onenight.training.settings import TrainConfig
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64}
 CPU = torch.device("cpu")
@@ -72,19 +73,19 @@ def test_evaluations_and_the_head_do_not_use_int8():
 
 
 def test_a_cpu_is_told_that_it_is_slow(capsys):
-    check_int8(CPU, "bfloat16")
-    assert "on a CPU it is slower" in capsys.readouterr().out
+    check_int8(CPU)
+    assert "on a CPU, training is slower" in capsys.readouterr().out
 
 
 def test_devices_and_formats_without_int8_are_refused(monkeypatch):
-    with pytest.raises(UserError, match="bfloat16, not of float16"):
-        check_int8(CPU, "float16")
+    with pytest.raises(ValueError, match="needs the range of bfloat16"):
+        TrainConfig(int8=True, dtype="float16")
     with pytest.raises(UserError, match="NVIDIA GPU, not mps"):
-        check_int8(torch.device("mps"), "bfloat16")
+        check_int8(torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
-    with pytest.raises(UserError, match="RTX 30 or newer, not an RTX 2080"):
-        check_int8(torch.device("cuda"), "float16")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(UserError, match="this GPU is Tesla T4: use --int8=False"):
+        check_int8(torch.device("cuda"))
 
 
 def test_without_torchao_it_says_what_to_install(monkeypatch):
@@ -92,7 +93,7 @@ def test_without_torchao_it_says_what_to_install(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(UserError, match="needs torchao .*: pip install torchao==0.18.0"):
-        check_int8(CPU, "bfloat16")
+        check_int8(CPU)
 
 
 def test_compiled_it_is_the_same_up_to_rounding():
