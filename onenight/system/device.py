@@ -156,7 +156,12 @@ def compiler_line(error: Exception) -> str:
     for line in lines:
         if re.search("error|failed", line, re.IGNORECASE):
             return line
-    return lines[0] if lines else first_line(error)
+    if lines:
+        return lines[0]
+    line = first_line(error)
+    if line.endswith(" raised:"):  # torch's, which only names the backend
+        line = str(error).strip().splitlines()[1]
+    return line
 
 
 def compile_model(model):

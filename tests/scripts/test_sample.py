@@ -338,6 +338,25 @@ def test_interactive_compiles_once(tmp_path, monkeypatch):
     assert len(graphs) == 1
 
 
+def test_a_model_that_cannot_be_compiled_gives_the_same_text_and_the_reason_once(
+    tmp_path, monkeypatch
+):
+    save(tmp_path)
+    expected = sample(tmp_path, "--start=So").stdout
+
+    def fail(graph, example_inputs):
+        raise RuntimeError("no such instruction")
+
+    def compile_model(model):
+        return torch.compile(model, backend=fail, dynamic=False)
+
+    monkeypatch.setattr(sample_script, "compile_model", compile_model)
+    result = sample(tmp_path, "--start=So", "--compile")
+    assert result.stdout == expected, result.stderr
+    assert result.stderr.count("torch.compile: disabled (") == 1
+    assert "no such instruction" in result.stderr
+
+
 # ---- the output
 
 
