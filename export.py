@@ -59,14 +59,14 @@ CARD_SETTINGS = (*optimizers.SETTINGS, *schedule.SETTINGS, "dropout")
 class ExportConfig:
     init_from: str = setting(
         "resume",
-        "'resume': the latest of out_dir; or a *.pt file; or a Hugging Face folder or name",
+        "'resume': ckpt.pt in out_dir; or a *.pt file; or a Hugging Face folder or name",
         path=True,
     )
     out_dir: str = setting(
         "", "folder of the ckpt.pt to export; '': the newest out*/ here", folder=True
     )
     export_dir: str = setting("", "the folder to write, which must not exist yet", path=True)
-    dtype: str = setting("float32", "number format of the weights", choices=tuple(DTYPES))
+    dtype: str = setting("float32", "data type of the weights", choices=tuple(DTYPES))
 
 
 def main(arguments: list[str]):

@@ -5,9 +5,9 @@ Turns FineWeb parquet files into data/fineweb/{train,val}.bin and meta.json.
     python prepare_single_parquet.py FILE_OR_FOLDER ... --out_dir=data/fineweb --val_fraction=0.005
 
 Each document becomes its GPT-2 tokens and one end-of-text token. Every 200th document goes to
-val.bin; a document that is longer than twice val.bin's fraction is cut in two. The format is
-nanoGPT's: little-endian uint16 without a header. After an interruption, at any moment, the same
-command continues.
+val.bin; it is cut in two if it is longer than 1 % of all text and than 8,192 bytes. The format is
+nanoGPT's: little-endian uint16 without a header. If it is interrupted, at any moment, run the same
+command again to continue.
 """
 
 try:
@@ -369,7 +369,7 @@ def finish(writer: BinsWriter) -> Counter:
         raise UserError(
             f"{' and '.join(empty)} would be empty: the {writer.state['rows']:,} rows contain "
             f"{writer.documents:,} documents with text; "
-            f"add more; a single document must have more than {SHORT_BYTES:,} bytes"
+            f"add some, or a single one of more than {SHORT_BYTES:,} bytes"
         )
     return writer.finish()
 

@@ -53,7 +53,7 @@ class SampleConfig(Sampling):
     # which model
     init_from: str = setting(
         "resume",
-        "'resume': the latest of out_dir; or a *.pt file; or a Hugging Face folder or name",
+        "'resume': ckpt.pt in out_dir; or a *.pt file; or a Hugging Face folder or name",
         path=True,
     )
     out_dir: str = setting(
@@ -73,7 +73,7 @@ class SampleConfig(Sampling):
     seed: int = setting(1337, "the same seed gives the same text", low=0)
     # machine
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    dtype: str = setting("auto", "number format", choices=("auto", *DTYPES))
+    dtype: str = setting("auto", "data type for computing", choices=("auto", *DTYPES))
     compile: bool = setting(False, "use torch.compile: slow to start, then faster")
 
 

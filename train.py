@@ -129,8 +129,8 @@ def train_until_stopped(run: Run):
         if run.trainer.ranks.world_size == 1:
             exit_status = stop.exit_status
     except KeyboardInterrupt:
-        ending = "stopped at once"
-        print(f"stopped at once; {how_to_resume(run.out_dir)}")
+        ending = "stopped without saving"
+        print(f"stopped without saving; {how_to_resume(run.out_dir)}")
         raise SystemExit(130) from None
     finally:
         write_page(run, ending)

@@ -8,7 +8,7 @@ These are speed, memory against the plan, the gain of --int8, nanoGPT beside it,
 memory, resuming, sampling, and the gain of some switches. It trains on random ids in a temporary
 folder and does not touch data/ and out*/. Each measurement runs in a process of its own: if one
 fails, it is a line in the table, and the others still run. The most important parts come first, and
-those that the minutes are too short for are named. After each measurement it writes
+parts that do not fit into --minutes are listed. After each measurement it writes
 benchmarks/results/gpu-<name of the card>.json, and the table beside it as .md. Without a GPU the
 same parts run with tiny models, which shows only that they work.
 """
@@ -65,7 +65,7 @@ def main(arguments: list[str]):
         print("stopped; the figures so far have been saved", file=sys.stderr)
         raise SystemExit(130) from None
     except OutOfTime:
-        raise UserError("the card did not answer within two minutes")
+        raise UserError("the card did not answer within two minutes; check it with nvidia-smi")
 
 
 def name_of(bench: Bench) -> str:

@@ -150,7 +150,8 @@ def resuming(bench: Bench) -> Measurements:
     bench.train("stopped", max_iters=10)
     resumed = bench.train("stopped", init_from="resume")
     yield "losses after a stop, resumed", difference(first, resumed, first=10)
-    yield "saving a checkpoint of the night's model", bench.figures("saving", NIGHT, *bench.flags())
+    saving = bench.figures("saving", NIGHT, *bench.flags())
+    yield "saving a checkpoint of the long night's model", saving
 
 
 def sampling(bench: Bench) -> Measurements:
@@ -212,7 +213,7 @@ def switches(bench: Bench) -> Measurements:
 # The parts in their order, and the seconds that each may take.
 PARTS = [
     ("card", the_card, 60),
-    ("the night", functools.partial(train_config, NIGHT), 240),
+    ("the long night", functools.partial(train_config, NIGHT), 240),
     ("the short night", functools.partial(train_config, FAST), 240),
     ("int8", int8, 240),
     ("nanoGPT", peer, 480),
@@ -224,6 +225,6 @@ PARTS = [
         functools.partial(train_config, "config/train_fineweb_4070_small.py"),
         180,
     ),
-    ("more training", functools.partial(train_config, "config/finetune_gpt2.py"), 240),
+    ("finetuning", functools.partial(train_config, "config/finetune_gpt2.py"), 240),
     ("switches", switches, 720),
 ]

@@ -45,7 +45,7 @@ class Report:
         self.parts = {}
         self.text = f"{describe_machine(about)}\n{TABLE_HEAD}"
         print(
-            f"The figures go to {path}, and this table beside it; please send the JSON file back."
+            f"The figures go to {path}, and this table beside it; please open an issue with them."
             f"\n\n{self.text}",
             end="",
             flush=True,

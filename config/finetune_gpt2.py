@@ -1,6 +1,8 @@
 # Finetune GPT-2 (124M) on data/finetune, prepared from a parquet file of your own:
 #     python prepare_single_parquet.py mine.parquet --out_dir=data/finetune
-# To start from a model of your own: --init_from=out-fineweb-single-parquet/best.pt --bias=False
+# To start from a model of your own, the short night's or the long night's:
+#     --init_from=out-fineweb-fast/best.pt --architecture=qwen3 --n_head=6 --bias=False
+#     --init_from=out-fineweb-single-parquet/best.pt --bias=False
 
 out_dir = "out-finetune"
 # A name on the Hugging Face hub, or a folder with config.json and model.safetensors.
@@ -23,7 +25,7 @@ n_head = 12
 n_embd = 768
 bias = True
 
-# A small constant learning rate, to preserve what the model has already learnt.
+# A small constant learning rate, to preserve what the model has already learned.
 learning_rate = 3e-5
 decay_lr = False
 max_iters = 200

@@ -30,7 +30,7 @@ gradient_accumulation_steps = 16
 batch_size = 16
 block_size = 1024
 
-# Rotary positions, normalised queries and keys, SwiGLU, RMSNorm, an untied output head.
+# Rotary positions, normalized queries and keys, SwiGLU, RMSNorm, an untied output head.
 architecture = "qwen3"
 n_layer = 12
 n_head = 6  # each of width 128, as in modded-nanogpt and nanochat

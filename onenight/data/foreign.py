@@ -105,8 +105,8 @@ def explain_recipe(path: Path, recipe: Recipe) -> str:
     if target.exists():
         target = named.with_name(f"{named.stem}-new.parquet")
     return (
-        f"{recipe.what}, not parquet; make a parquet file of it with these two lines of Python, "
-        f"and prepare that (see docs/use_your_model.md, Your own text):\n"
+        f"{recipe.what}, not parquet; convert it with these two lines of Python, "
+        f"and prepare the result (see docs/use_your_model.md, Your own text):\n"
         f"import {recipe.modules}, pyarrow.parquet as pq\n"
         f"pq.write_table({recipe.table}, {str(target)!r})"
     )

@@ -104,7 +104,7 @@ def find_oddities(writer: BinsWriter) -> list[str]:
     if val_share > 2 * val_fraction:
         oddities.append(
             f"val.bin has {val_share:.1%} of the tokens, over twice --val_fraction={val_fraction}: "
-            f"the documents are too few or too unequal; shorter documents make it smaller"
+            f"there are too few documents, or some are very long: split those into shorter ones"
         )
     return oddities
 

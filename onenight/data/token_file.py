@@ -106,7 +106,7 @@ def open_tokens(data_dir: Path, split: str, block_size: int, vocab_size: int) ->
     if largest >= vocab_size:
         raise UserError(
             f"{path}: contains id {largest}, but the model's vocab_size is {vocab_size}; "
-            f"is this the right file?"
+            f"choose another --dataset, or prepare it again"
         )
     if meta.get("vocab_size", VOCAB_SIZE) == VOCAB_SIZE:
         refuse_wider_integers(path, tokens)

@@ -69,7 +69,7 @@ def newest_run() -> str:
     if newest is None:
         raise UserError(
             f"no folder out*/ in {Path.cwd()} has a checkpoint; "
-            "train a model first, or give its folder with --out_dir="
+            "train a model first, or correct --out_dir or --init_from"
         )
     print(f"out_dir={newest.parent}, the newest run here")
     return str(newest.parent)
@@ -129,7 +129,7 @@ def read_file(path: Path):
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such checkpoint{looked_in(path)}; "
-            "train a model first, or give its folder with --out_dir="
+            "train a model first, or correct --out_dir or --init_from"
         )
     except Exception as error:  # a damaged pickle raises anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -138,7 +138,7 @@ def read_file(path: Path):
                 f"{path}: contains something other than plain values and tensors ({refused[1]}); "
                 "save it again without that, for example float(x) instead of a NumPy number x"
             )
-        raise UserError(f"{path}: damaged, or not a checkpoint ({first_line(error)})")
+        raise UserError(f"{path}: damaged, or not a checkpoint ({first_line(error)}); use another")
 
 
 def clean_weights(weights: dict) -> dict[str, torch.Tensor]:
@@ -183,7 +183,7 @@ def check_space(out_dir: Path, parameters: int, state_per_weight: float):
     if free < needed:
         raise UserError(
             f"{out_dir}: the checkpoints need {needed / 1e9:.1f} GB of disk space, "
-            f"but only {free / 1e9:.1f} GB are free"
+            f"but only {free / 1e9:.1f} GB are free; free some, or choose another --out_dir"
         )
 
 

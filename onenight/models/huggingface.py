@@ -102,7 +102,7 @@ def read_folder(name: str) -> dict:
         else:
             problem = (
                 f"no such folder{looked_in(Path(name))}, "
-                "and from the Hugging Face hub it cannot be read"
+                "and it cannot be loaded from the Hugging Face hub"
             )
         raise UserError(f"{name}: {problem} ({first_line(error)})")
     wrong_shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}

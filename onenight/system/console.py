@@ -117,4 +117,4 @@ class StopSignal:
         self.number = number
         # Not print(), which the signal may have interrupted. The terminal may be gone.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nsaving and stopping; press Ctrl-C again to stop at once\n")
+            os.write(2, b"\nsaving and stopping; press Ctrl-C again to stop without saving\n")

@@ -138,7 +138,8 @@ class Recovery:
         checkpoint = load_latest(self.out_dir)
         if self.reloaded_iters[-MAX_RELOADS:] == [checkpoint["iter_num"]] * MAX_RELOADS:
             raise UserError(
-                f"{problem} again at iter {iter_num}; try {advice}; {self.out_dir / LATEST} is good"
+                f"{problem} again at iter {iter_num}; {self.out_dir / LATEST} is good: resume with "
+                f"--init_from=resume and {advice}"
             )
         self.reloaded_iters.append(checkpoint["iter_num"])
         if self.is_half_updated:

@@ -92,7 +92,7 @@ def schedule_warnings(config: TrainConfig) -> list[str]:
     if config.warmup_iters >= config.max_iters:
         return [
             f"the run ends in its warmup: warmup_iters={config.warmup_iters}, "
-            f"max_iters={config.max_iters}"
+            f"max_iters={config.max_iters}; set a smaller --warmup_iters"
         ]
     warnings = []
     for key in ("warmdown_iters", "matrix_warmdown_iters"):

@@ -69,9 +69,13 @@ class TrainConfig:
     n_layer: int = setting(12, "number of blocks", low=1)
     n_head: int = setting(12, "attention heads; must divide n_embd", low=1)
     n_embd: int = setting(768, "width of the model", low=1)
-    dropout: float = setting(0.0, "0 for pretraining, 0.1 or more for finetuning", low=0, below=1)
+    dropout: float = setting(0.0, "0 for pretraining; 0.1 can help when finetuning", low=0, below=1)
     bias: bool = setting(False, "biases in LayerNorm and Linear, as in GPT-2")
-    architecture: str = setting("gpt2", "the model in model.py", choices=tuple(ARCHITECTURES))
+    architecture: str = setting(
+        "gpt2",
+        "qwen3: rotary positions, RMSNorm, SwiGLU, untied head",
+        choices=tuple(ARCHITECTURES),
+    )
     # optimizer
     optimizer: str = setting(
         "adamw", "muon: Muon for the blocks' matrices, AdamW for the rest", choices=tuple(CHOICES)
@@ -91,7 +95,7 @@ class TrainConfig:
         0.0, "train for this many hours; the schedule is fitted to them; 0: max_iters", low=0
     )
     weight_decay: float = setting(
-        1e-1, "of matrices; not of embeddings and head with a rate of their own", low=0
+        1e-1, "of matrices; not of embeddings or head that have their own learning rate", low=0
     )
     beta1: float = setting(0.9, "AdamW's beta1", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's beta2", low=0, below=1)
@@ -116,10 +120,10 @@ class TrainConfig:
     )
     device: str = setting("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = setting(
-        "auto", "number format; float16 uses loss scaling", choices=("auto", *DTYPES)
+        "auto", "data type for computing; float16 uses loss scaling", choices=("auto", *DTYPES)
     )
     int8: bool = setting(
-        False, "multiply in int8 in the blocks, for speed on an RTX 30 or newer; needs torchao"
+        False, "int8 matrix products in the blocks: faster on an RTX 30 or newer; needs torchao"
     )
     vram_limit_gb: float = setting(
         0.0, "limit GPU memory to that of a card with this many GB; 0: no limit", low=0
@@ -255,6 +259,6 @@ def micro_batch_size(windows_per_iter: int, world_size: int, limit: int) -> int:
         raise UserError(
             f"an iteration of {windows_per_iter} windows (batch_size x "
             f"gradient_accumulation_steps) cannot be shared by {world_size} processes; make it a "
-            "multiple of that"
+            f"multiple of {world_size}"
         )
     return max(size for size in range(1, limit + 1) if windows % size == 0)

@@ -89,5 +89,5 @@ def describe_resume(run: Run) -> str:
 
 def how_to_extend(config: TrainConfig) -> str:
     if config.hours:
-        return f"to extend it, resume with more than --hours={config.hours:g}"
-    return f"to extend it, resume with more than --max_iters={config.max_iters}"
+        return f"to extend it, resume with --hours above {config.hours:g}"
+    return f"to extend it, resume with --max_iters above {config.max_iters}"

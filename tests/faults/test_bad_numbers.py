@@ -69,7 +69,7 @@ def test_data_that_give_nan_are_passed_over_after_going_back(bins, tmp_path, cap
 
 
 def test_a_loss_that_stays_nan_ends_the_run_with_a_good_checkpoint(bins, tmp_path):
-    with pytest.raises(UserError, match="learning_rate.*ckpt.pt is good"):
+    with pytest.raises(UserError, match="ckpt.pt is good: resume with .*learning_rate"):
         train_poisoned(bins, tmp_path, lambda progress: progress.iter_num >= 25)
     assert load(tmp_path)["iter_num"] == 20
     assert has_finite_weights(load(tmp_path))

@@ -218,7 +218,7 @@ def test_a_finished_run_is_extended_by_more_hours(machine, bins, tmp_path):
     out_dir = tmp_path / "out"
     train_by(machine, bins, out_dir, **TRAPEZOID)
     finished = train_by(machine, bins, out_dir, **TRAPEZOID, init_from="resume")
-    extend = "to extend it, resume with more than --hours=8\n"
+    extend = "to extend it, resume with --hours above 8\n"
     assert f"this run is finished (iter {load(out_dir)['iter_num']}); {extend}" in finished.stdout
 
     machine.clock = machine.started + load(out_dir)["elapsed_s"]

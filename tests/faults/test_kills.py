@@ -92,7 +92,7 @@ def test_a_second_ctrl_c_stops_at_once(bins, tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert f"stopped at once; there is no checkpoint in {tmp_path} to resume from" in stdout
+    assert f"stopped without saving; there is no checkpoint in {tmp_path} to resume from" in stdout
     assert "Traceback" not in stderr
 
 

@@ -69,7 +69,7 @@ def test_a_failed_measurement_is_reported_in_one_sentence(tmp_path):
 
 PARTS = [
     "card",
-    "the night",
+    "the long night",
     "the short night",
     "int8",
     "nanoGPT",
@@ -77,7 +77,7 @@ PARTS = [
     "resuming",
     "sampling",
     "the first evening",
-    "more training",
+    "finetuning",
     "switches",
 ]
 
@@ -133,7 +133,7 @@ def test_gpu_measures_every_part_without_a_gpu_and_a_failure_is_a_line(
         for figures in rows.values():
             assert "failed" not in figures
             assert figures.get("skipped") in (None, "needs a GPU")
-    for name in ("the night", "the short night", "the first evening", "more training"):
+    for name in ("the long night", "the short night", "the first evening", "finetuning"):
         own, largest = parts[name].values()
         assert own["plan_gb"] > 0
         assert 0 < own["mfu"] < 1
@@ -236,7 +236,7 @@ def test_gpu_computes_what_to_measure_next_from_the_figures_so_far(gpu, tmp_path
     night = ("training", "config/train_fineweb_4070.py")
     sizes = [flags.get("batch_size") for what, flags in card.asked if what == night]
     assert sizes == [None, "32"]
-    assert parts["the night"]["the config's micro-batch"]["mfu"] == 0.4
+    assert parts["the long night"]["the config's micro-batch"]["mfu"] == 0.4
 
     assert parts["int8"]["what --int8 gains"]["gain"] == 0.25
     assert parts["int8"]["what --int8 gains"]["note"].startswith("--int8 is worth a try")
@@ -284,7 +284,7 @@ def test_an_interrupted_gpu_benchmark_keeps_the_figures_so_far(tmp_path):
     assert process.wait() == 130
     assert len(process.stderr.read().splitlines()) == 1
     parts = json.loads(path.read_text())["parts"]
-    assert parts["the night"]["the config's micro-batch"]["tokens_per_s"] > 0
+    assert parts["the long night"]["the config's micro-batch"]["tokens_per_s"] > 0
 
 
 def test_gpu_refuses_a_file_that_is_not_json():

@@ -768,7 +768,7 @@ BAD_ARGUMENTS = [
     (["numbers.parquet", "--val_fractoin=0.1"], "did you mean val_fraction?"),
     (["content.parquet", "--text_column=id", "--out_dir=zero.parquet"], "out_dir takes a folder"),
     (["--verify", "--out_dir=empty_folder"], "has no train.bin"),
-    (["one.parquet"], "contain 1 documents with text; add more; a single document must have more"),
+    (["one.parquet"], "contain 1 documents with text; add some, or a single one of more than"),
     (["none.parquet"], "train.bin and val.bin would be empty: the 0 rows contain 0 documents"),
 ]
 

@@ -398,7 +398,10 @@ def test_a_run_is_resumed_to_its_end_and_then_reported_as_finished(bins, tmp_pat
 
     finished = train_here(bins, tmp_path, init_from="resume")
     assert finished.returncode == 0, finished.stderr
-    assert "this run is finished (iter 45); to extend it, resume with more" in finished.stdout
+    assert (
+        "this run is finished (iter 45); to extend it, resume with --max_iters above 45"
+        in finished.stdout
+    )
     assert load(tmp_path)["iter_num"] == 45
 
 
