@@ -279,7 +279,7 @@ def test_gpu_names_the_parts_that_the_minutes_are_too_short_for(tmp_path):
 def test_an_interrupted_gpu_benchmark_keeps_the_figures_so_far(tmp_path):
     path = tmp_path / "gpu.json"
     process = start("benchmarks/gpu.py", "--device=cpu", f"--save={path}")
-    wait_for_line(process, "| the night | the config's micro-batch")
+    wait_for_line(process, "| the long night | the config's micro-batch")
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
     assert len(process.stderr.read().splitlines()) == 1

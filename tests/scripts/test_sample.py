@@ -411,13 +411,13 @@ def test_without_out_dir_the_newest_run_is_used(tmp_path, monkeypatch):
 
 def test_without_any_run_the_user_is_asked_for_out_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_one_sentence(sample(""), "--out_dir=")
+    assert_one_sentence(sample(""), "correct --out_dir")
 
 
 def test_an_unknown_name_on_the_hub_is_refused(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = run("sample.py", "--init_from=gpt2-nowhere", cwd=tmp_path, env=offline)
-    assert_one_sentence(result, "and from the Hugging Face hub it cannot be read")
+    assert_one_sentence(result, "and it cannot be loaded from the Hugging Face hub")
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
