@@ -14,8 +14,8 @@ demo: $(VENV)/run
 	@echo "The loss curve is in out-demo/loss.png. To use the model in other tools (see docs/use_your_model.md):"
 	@echo "$(BIN)/python -m pip install transformers && $(BIN)/python export.py --out_dir=out-demo --export_dir=my-gpt"
 
+# Two processes of one thread each, for two cores.
 test: $(VENV)/dev
-	# Two processes of one thread each, for two cores.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/dev

@@ -24,7 +24,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,7 @@ from onenight.models.generate import Sampling, draw_uniforms, generate, pack_mat
 from onenight.models.huggingface import resolve_checkpoint
 from onenight.models.sample_printer import SamplePrinter
 from onenight.system.console import run_script, set_up_output
-from onenight.system.device import (
-    DTYPES,
-    compile_model,
-    describe_compile_failure,
-    is_compile_failure,
-    set_up_device,
-)
+from onenight.system.device import DTYPES, compile_if_possible, set_up_device
 from onenight.system.memory import is_out_of_memory
 
 
@@ -124,25 +118,6 @@ def load_model(config: SampleConfig, dtype: str) -> GPT:
     else:
         name = config.init_from
     return build_model(resolve_checkpoint(config.init_from, Path(name)), name, dtype)
-
-
-def compile_if_possible(model: GPT) -> Callable:
-    """Return the model under torch.compile. If that fails, which only its first call shows, print
-    the reason and go on with the model itself."""
-    step = compile_model(model)
-
-    def call(*arguments, **options):
-        nonlocal step
-        try:
-            return step(*arguments, **options)
-        except Exception as error:
-            if not is_compile_failure(error):
-                raise
-            print(describe_compile_failure(error), file=sys.stderr)
-        step = model
-        return model(*arguments, **options)
-
-    return call
 
 
 def read_prompts(config: SampleConfig) -> Iterator[str]:

@@ -52,13 +52,18 @@ def train_config(file: str, bench: Bench) -> Measurements:
     yield name, bench.training(file, batch_size=size, gradient_accumulation_steps=steps)
 
 
-def int8(bench: Bench) -> Measurements:
+def int8_products(bench: Bench) -> Measurements:
     """Whether torchao's products are right, and the short night with and without them."""
     exactness = bench.figures("exactness", *bench.flags())
     yield "torchao's products of integers", exactness
+    runs = {
+        "the short night": False,
+        "the short night with --int8": True,
+        "the short night, again": False,
+    }
     speeds = []
-    for name in ("the short night", "the short night with --int8", "the short night, again"):
-        figures = bench.training(FAST, int8="--int8" in name)
+    for name, int8 in runs.items():
+        figures = bench.training(FAST, int8=int8)
         yield name, figures
         if "failed" in figures or "failed" in exactness:
             return
@@ -215,7 +220,7 @@ PARTS = [
     ("card", the_card, 60),
     ("the long night", functools.partial(train_config, NIGHT), 240),
     ("the short night", functools.partial(train_config, FAST), 240),
-    ("int8", int8, 240),
+    ("int8", int8_products, 240),
     ("nanoGPT", peer, 480),
     ("out of memory", out_of_memory, 150),
     ("resuming", resuming, 150),

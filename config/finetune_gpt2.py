@@ -1,5 +1,5 @@
 # Finetune GPT-2 (124M) on data/finetune, prepared from a parquet file of your own:
-#     python prepare_single_parquet.py mine.parquet --out_dir=data/finetune
+#     python prepare_single_parquet.py mine.parquet --out_dir=data/finetune --val_fraction=0.05
 # To start from a model of your own, the short night's or the long night's:
 #     --init_from=out-fineweb-fast/best.pt --architecture=qwen3 --n_head=6 --bias=False
 #     --init_from=out-fineweb-single-parquet/best.pt --bias=False

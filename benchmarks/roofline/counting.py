@@ -22,8 +22,8 @@ from torch.utils.flop_counter import flop_registry
 
 import pretended_card
 
-# Matrix products; attention; all other kernels; and adding a micro-batch's gradients to those of
-# the ones before.
+# Matrix products, and those in int8; attention; all other kernels; and adding a micro-batch's
+# gradients to those of the ones before.
 KINDS = ("products", "int8 products", "attention", "kernels", "gradients")
 SMALL = 1 << 16  # bytes; eager operators on less are not counted
 # Parts of the names of operators that move nothing.

@@ -1,4 +1,4 @@
-"""Output that cannot end a run, signals that stop one, and the entry point of the scripts."""
+"""What is printed, signals that stop a run, and the entry point of the scripts."""
 
 import contextlib
 import logging

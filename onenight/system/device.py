@@ -174,6 +174,25 @@ def compile_model(model):
     return torch.compile(model, dynamic=False)
 
 
+def compile_if_possible(model) -> Callable:
+    """Return the model under torch.compile. If that fails, which only its first call shows, print
+    the reason to stderr and go on with the model itself."""
+    step = compile_model(model)
+
+    def call(*arguments, **options):
+        nonlocal step
+        try:
+            return step(*arguments, **options)
+        except Exception as error:
+            if not is_compile_failure(error):
+                raise
+            print(describe_compile_failure(error), file=sys.stderr)
+        step = model
+        return model(*arguments, **options)
+
+    return call
+
+
 def measure_tflops(device: torch.device, dtype: str) -> float:
     """Return the TFLOP/s of large square matrix products, the ceiling that MFU is relative to."""
     # Small enough on a CPU that some product is not disturbed by other processes.

@@ -122,7 +122,8 @@ def predict_memory(model: GPT, config: TrainConfig, micro_batch_size: int) -> di
     if dtype_bytes < FLOAT32_BYTES:
         activations += dtype_bytes * block_weights(model)  # the weights as the products read them
     if config.int8:
-        activations += 2 * block_weights(model)  # rounded by rows and by columns
+        # What the compiled graphs keep besides, by benchmarks/roofline/run.py.
+        activations += 2 * block_weights(model)
     return {
         "weights": FLOAT32_BYTES * parameters,
         "gradients": FLOAT32_BYTES * parameters,

@@ -40,7 +40,7 @@ def load_product():
         from torchao.prototype.quantized_training.int8_mixed_precision import _dynamic_int8_mm
     except ImportError as error:
         reason = first_line(error)
-        raise UserError(f"int8 needs torchao ({reason}): pip install {TORCHAO}") from None
+        raise UserError(f"int8 needs torchao ({reason}): pip install {TORCHAO}")
     return _dynamic_int8_mm
 
 
@@ -54,6 +54,9 @@ def use_int8(model: GPT):
 
 
 class Int8Linear(nn.Linear):
+    """A linear layer that computes its output and the gradient of its input by `multiply` while it
+    is trained."""
+
     def forward(self, x):
         if not self.training:
             return super().forward(x)

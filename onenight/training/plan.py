@@ -13,7 +13,7 @@ from onenight.system.device import choose_dtype, measure_bandwidth, measure_tflo
 from onenight.system.limits import available_memory, container_memory
 from onenight.system.memory import GB, RESERVE, usable_memory
 from onenight.system.wording import duration
-from onenight.training.costs import INT8_SPEED, predict_memory, predict_seconds
+from onenight.training.costs import INT8_SPEED, int8_gain, predict_memory, predict_seconds
 from onenight.training.schedule import describe_schedule, schedule_warnings
 from onenight.training.settings import TrainConfig, config_file_values
 from onenight.training.trainer import model_args
@@ -154,7 +154,7 @@ def predict_time(model: GPT, config: TrainConfig, ceiling: Speed) -> tuple[float
             f"{REACHED_PER_RATED} times the {card.name}'s rated {card.tflops:g} TFLOP/s and "
             f"{card.gb_per_s:g} GB/s"
         )
-    if config.int8:
+    if int8_gain(model, config):
         source += f" (int8 products: {INT8_SPEED} times as fast)"
     return seconds, f"{tokens_per_s:,.0f} tokens/s, calculated from {source}"
 

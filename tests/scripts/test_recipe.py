@@ -11,6 +11,7 @@ from configurator import UserError
 from helpers import ROOT, TINY, run
 from model import GPT, GPTConfig
 from onenight.system.distributed import Ranks
+from onenight.training.int8 import load_product
 from onenight.training.trainer import Trainer
 
 
@@ -87,6 +88,8 @@ def test_products_from_int8_are_those_of_rounded_operands(import_module):
     one_unit = a_scale * b_scale * 127
     result = rounded.multiply(a, b, from_int8=True)
     assert ((result - exact).abs() < 1e-4 + one_unit).all()
+    # torchao's, which --int8 uses
+    assert torch.allclose(result, load_product()(a, b), atol=1e-4)
     # In bfloat16 the product and the result are rounded as well, to 8 bits.
     narrow = rounded.multiply(a.bfloat16(), b.bfloat16(), from_int8=True).float()
     assert (narrow - exact).norm() < 2**-6 * exact.norm()

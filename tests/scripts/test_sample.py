@@ -332,7 +332,7 @@ def test_interactive_compiles_once(tmp_path, monkeypatch):
     def compile_model(model):
         return torch.compile(model, backend=count, dynamic=False)
 
-    monkeypatch.setattr(sample_script, "compile_model", compile_model)
+    monkeypatch.setattr("onenight.system.device.compile_model", compile_model)
     result = sample(tmp_path, *flags, "--compile", stdin=prompts)
     assert result.stdout == expected, result.stderr
     assert len(graphs) == 1
@@ -350,7 +350,7 @@ def test_a_model_that_cannot_be_compiled_gives_the_same_text_and_the_reason_once
     def compile_model(model):
         return torch.compile(model, backend=fail, dynamic=False)
 
-    monkeypatch.setattr(sample_script, "compile_model", compile_model)
+    monkeypatch.setattr("onenight.system.device.compile_model", compile_model)
     result = sample(tmp_path, "--start=So", "--compile")
     assert result.stdout == expected, result.stderr
     assert result.stderr.count("torch.compile: disabled (") == 1
