@@ -36,14 +36,15 @@ from onenight.system.device import (
 from onenight.system.distributed import Ranks
 from onenight.system.memory import GB, peak_memory_gb
 from onenight.training import costs
-from onenight.training.int8 import load_product
+from onenight.training.int8 import load_torchao
 from onenight.training.recovery import Recovery
 from onenight.training.settings import TrainConfig, resolve
 from onenight.training.trainer import Trainer
 from train import clip_and_update, forward_backward
 
 PROMPT = [198]  # a newline
-# Rows, inner dimension and columns of products in the blocks of the nights' models.
+# Rows, inner dimension and columns of products in the blocks of the nights' models: outputs,
+# gradients of inputs, and gradients of weights.
 INT8_SHAPES = [
     (16384, 768, 768),
     (16384, 768, 2304),
@@ -51,6 +52,9 @@ INT8_SHAPES = [
     (16384, 768, 2048),
     (16384, 2048, 768),
     (16384, 3072, 768),
+    (768, 16384, 768),
+    (2304, 16384, 768),
+    (768, 16384, 2048),
 ]
 
 
@@ -133,14 +137,13 @@ def peak_gb(device: torch.device) -> dict[str, float]:
 
 
 def exactness(config: MeasureConfig) -> dict:
-    """Return the largest difference between torchao's products of integers and the exact ones, with
-    the right matrix in both memory orders, as in training.
+    """Return the largest difference between torchao's products of integers and the exact ones.
 
     The integers are rounded to themselves, because each row of the left matrix and each column of
     the right one contains 127, and float32 holds their products exactly.
     """
     device = choose_device(config.device)
-    multiply = load_product()
+    torchao = load_torchao()
     sizes = INT8_SHAPES if device.type == "cuda" else [(64, 48, 80)]
     largest = 0.0
     for rows, inner, columns in sizes:
@@ -149,9 +152,8 @@ def exactness(config: MeasureConfig) -> dict:
         a[:, 0] = 127
         b[0] = 127
         exact = a.double() @ b.double()
-        for right in (b.float(), b.T.contiguous().T.float()):
-            difference = (multiply(a.float(), right) - exact).abs().max().item()
-            largest = max(largest, difference)
+        product = torchao.product(torchao.round_rows(a.float()), torchao.round_rows(b.T.float()))
+        largest = max(largest, (product - exact).abs().max().item())
     return {"difference": largest}
 
 

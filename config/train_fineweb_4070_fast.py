@@ -63,6 +63,6 @@ min_lr = 0.0
 
 compile = True
 
-# Two thirds of the products of the blocks' linear layers in int8, with torchao: 1.15 times as fast
-# by the plan. Neither speed nor loss has been measured on a GPU yet (README).
+# The matrix products of the blocks in int8, with torchao: by the plan 1.21 times as fast. Neither
+# speed nor loss has been measured on a GPU yet (README).
 # int8 = True

@@ -35,6 +35,9 @@ class ChangedConfig(TrainConfig):
     )
     int8_products: str = setting("", f"products from int8, some of {','.join(PRODUCTS)}")
     int8_last: bool = setting(False, "with int8_products, also those of the MLP's last layer")
+    int8_reuse: bool = setting(
+        False, "with int8_products, grad_weight from the integers of the output's product"
+    )
     float32_stream: bool = setting(False, "carry the residual stream in float32, not bfloat16")
 
     def __post_init__(self):
@@ -78,7 +81,8 @@ class ChangedRun:
             if not config.lookahead:
                 self.matrices["lookahead"] = None
         if config.int8_products:
-            round_products(model, tuple(config.int8_products.split(",")), config.int8_last)
+            products = tuple(config.int8_products.split(","))
+            round_products(model, products, config.int8_last, config.int8_reuse)
         self.tail_average = None
         if config.tail_average:
             self.tail_average = TailAverage(model.named_parameters(), config.max_iters)

@@ -6,6 +6,10 @@ one and each column of the right one is divided by its largest absolute value an
 multiple of 1/127. The products of these integers are then computed in the dtype of the operands:
 bfloat16 represents integers up to 256 exactly. Unlike torchao, it also rounds the sums to bfloat16
 before they are multiplied by the scales.
+
+With `reuse`, the gradients of the weights are the product of the integers of the forward pass,
+whose scales are those of rows, and of the gradients multiplied by these scales before they are
+rounded.
 """
 
 import torch
@@ -17,9 +21,9 @@ from model import GPT, to_autocast_dtype
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
 
-def round_products(model: GPT, products: tuple[str, ...], last_of_mlp: bool):
+def round_products(model: GPT, products: tuple[str, ...], last_of_mlp: bool, reuse: bool):
     """Compute these PRODUCTS of the linear layers of the blocks from int8; those of the MLP's last
-    layer only if `last_of_mlp`."""
+    layer only if `last_of_mlp`. With `reuse`, the integers of the inputs serve twice."""
     for block in model.transformer.h:
         layers = [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_gate]
         if last_of_mlp:
@@ -28,34 +32,40 @@ def round_products(model: GPT, products: tuple[str, ...], last_of_mlp: bool):
             if layer is not None:
                 layer.__class__ = RoundedLinear
                 layer.products = products
+                layer.reuse = reuse
 
 
 class RoundedLinear(nn.Linear):
     """A linear layer without a bias, some of whose `products` are computed from int8."""
 
     products: tuple[str, ...] = ()
+    reuse: bool = False
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         x = to_autocast_dtype(x)
-        y = _RoundedProducts.apply(x.flatten(0, -2), self.weight, self.products)
+        y = _RoundedProducts.apply(x.flatten(0, -2), self.weight, self.products, self.reuse)
         return y.view(*x.shape[:-1], -1)
 
 
 class _RoundedProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, products):
+    def forward(ctx, x, weight, products, reuse):
         ctx.save_for_backward(x, weight)
         ctx.products = products
+        ctx.reuse = reuse
         return multiply(x, weight.to(x.dtype).T, "output" in products)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x = multiply(grad, weight.to(x.dtype), "grad_input" in ctx.products)
-        grad_weight = multiply(grad.T, x, "grad_weight" in ctx.products)
-        return grad_x, grad_weight.to(weight.dtype), None
+        if ctx.reuse:
+            grad_weight = multiply_again(grad, x)
+        else:
+            grad_weight = multiply(grad.T, x, "grad_weight" in ctx.products)
+        return grad_x, grad_weight.to(weight.dtype), None, None
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, from_int8: bool) -> torch.Tensor:
@@ -66,6 +76,14 @@ def multiply(a: torch.Tensor, b: torch.Tensor, from_int8: bool) -> torch.Tensor:
     b_integers, b_scale = to_integers(b.T)
     product = (a_integers @ b_integers.T).float()
     return (product * a_scale[:, None] * b_scale).to(a.dtype)
+
+
+def multiply_again(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return grad.T @ x from the integers that the forward pass has multiplied."""
+    x_integers, x_scale = to_integers(x)
+    integers, scale = to_integers((grad * x_scale[:, None]).T)
+    product = (integers @ x_integers).float()
+    return (product * scale[:, None]).to(x.dtype)
 
 
 def to_integers(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ EAGER_BYTES = {"gpt2": 0, "qwen3": 30}
 EAGER_PASSES = 4
 # What rounding a weight by rows and by columns moves in each micro-batch, beside the change of its
 # number format: the difference between the kernels with and without --int8 (benchmarks/LOG.md).
-INT8_WEIGHT_BYTES = 9
+INT8_WEIGHT_BYTES = 8
 
 
 def predict_seconds(model: GPT, config: TrainConfig, speed: Speed) -> float:
@@ -39,12 +39,12 @@ def predict_seconds(model: GPT, config: TrainConfig, speed: Speed) -> float:
 
 
 def int8_gain(model: GPT, config: TrainConfig) -> float:
-    """Return how many FLOPs of ordinary products int8 saves for each token: outputs and gradients
-    of inputs take 4 for each weight of the blocks. On a CPU it saves nothing."""
+    """Return how many FLOPs of ordinary products int8 saves for each token: all products take 6 for
+    each weight of the blocks. On a CPU it saves nothing."""
     on_cpu = config.device == "cpu" and not config.is_planned_elsewhere
     if on_cpu or not config.int8:
         return 0
-    return 4 * block_weights(model) * (1 - 1 / INT8_SPEED)
+    return 6 * block_weights(model) * (1 - 1 / INT8_SPEED)
 
 
 def block_weights(model: GPT) -> int:
@@ -66,12 +66,14 @@ def moved_per_token(shape: GPTConfig, config: TrainConfig) -> float:
     # The activation of the MLP: 2 forward and 3 backward; with a gate 3 and 5.
     passes = 8 if shape.parts.gated_mlp else 5
     channels += passes * shape.mlp_width
-    # Rounding the inputs of the linear layers, and the gradients of their outputs, to int8: each
-    # writes half a number. What is as wide as the model is also read once more for it, except the
-    # outputs of the norms, which are rounded where they are computed.
+    # Rounding to int8: the gradients are read once for the scales of their columns and once to be
+    # rounded by rows and by columns, and the inputs once more for the backward pass. With rotary
+    # positions, the gradients of query, key and value are also joined by a kernel of its own.
     if config.int8:
-        passes = 1.5 if shape.parts.gated_mlp else 1
-        channels += 10 * shape.n_embd + passes * shape.mlp_width
+        passes = 24 if shape.parts.rotary_positions else 14
+        channels += passes * shape.n_embd
+        passes = 3 if shape.parts.gated_mlp else 2
+        channels += passes * shape.mlp_width
     # The logits are read, and their gradients written.
     numbers = shape.n_layer * channels + 2 * shape.vocab_size
     if not config.compile:
@@ -140,13 +142,18 @@ def saved_bytes_per_token(shape: GPTConfig, config: TrainConfig) -> float:
     # read them; query, key, value, and attention's output; rotated queries and keys also as they
     # were before.
     copies = 11 if shape.parts.rotary_positions else 9
+    # The hidden layer of the MLP before and after the activation, and with a gate the gate.
+    mlp_copies = 3 if shape.parts.gated_mlp else 2
+    # With int8, none of what the linear layers read is saved: it is computed again from the rest,
+    # in the memory of about one copy.
+    if config.int8 and config.compile:
+        copies -= 2
+        mlp_copies -= 1
     bytes_per_channel = copies * dtype_bytes
+    bytes_per_channel += mlp_copies * dtype_bytes * shape.mlp_width / shape.n_embd
     # The masks of dropout, one byte for each channel.
     if shape.dropout:
         bytes_per_channel += 2
-    # The hidden layer of the MLP before and after the activation, and with a gate the gate.
-    copies = 3 if shape.parts.gated_mlp else 2
-    bytes_per_channel += copies * dtype_bytes * shape.mlp_width / shape.n_embd
     if not config.compile:
         bytes_per_channel += EAGER_BYTES[shape.architecture]
     return bytes_per_channel * shape.n_embd

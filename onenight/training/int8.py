@@ -1,11 +1,14 @@
 """Matrix products in int8, by torchao (torchao.prototype.quantized_training).
 
-In a training step, the linear layers of the blocks compute their outputs and the gradients of
-their inputs from int8: each row of the left matrix and each column of the right one is divided by
-its largest absolute value, rounded to a multiple of 1/127, and multiplied by it again after the
-product. Everything else is as without: the gradients of the weights, attention itself, the head,
-the optimizers, evaluations, and checkpoints.
+In a training step, the linear layers of the blocks compute their outputs, and the gradients of
+their inputs and weights, from int8: each row of the left matrix and each column of the right one is
+divided by its largest absolute value, rounded to a multiple of 1/127, and multiplied by it again
+after the product. Everything else is as without: attention itself, the head, the optimizers,
+evaluations, and checkpoints.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +19,9 @@ from onenight.system.console import quiet_torchao
 from onenight.system.wording import first_line
 
 TORCHAO = "torchao==0.18.0"  # tried on CPUs, and compiled for an RTX 4070
+# torchao does not round with scales below 1e-12. Those of gradients are about 1e-10 with 262,144
+# tokens per iteration, and those of gradients times scales of inputs would be 100 times smaller.
+GRADIENT_SCALE = 128.0
 AMPERE = (8, 0)  # compute capability of the A100, the first with bfloat16; the RTX 30 has 8.6
 
 
@@ -27,42 +33,57 @@ def check_int8(device: torch.device):
         raise UserError(f"int8 needs an RTX 30 or newer, and this GPU is {name}: use --int8=False")
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"int8 needs an NVIDIA GPU, not {device.type}: use --int8=False")
-    load_product()
+    load_torchao()
     if device.type == "cpu":
         print("int8 is meant for NVIDIA GPUs: on a CPU, training is slower with it")
 
 
-def load_product():
-    """Return torchao's function that rounds two matrices to int8 and multiplies them. Raises
-    UserError if torchao is missing."""
+class Torchao(NamedTuple):
+    """What is used of torchao."""
+
+    round_rows: Callable  # a matrix -> the integers of its rows in int8, and the rows' scales
+    scaled_int8_mm: Callable  # a and b in int8, the scales of a's rows and b's columns -> a @ b
+
+    def product(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return a @ b.T from the integers and the scales of the rows of both."""
+        a_int8, a_scale = a
+        b_int8, b_scale = b
+        # The kernel is fastest if what it sums over is contiguous in both.
+        return self.scaled_int8_mm(a_int8.contiguous(), b_int8.contiguous().T, a_scale, b_scale)
+
+
+def load_torchao() -> Torchao:
+    """Import torchao. Raises UserError if it is missing."""
     quiet_torchao()
     try:
-        from torchao.prototype.quantized_training.int8_mixed_precision import _dynamic_int8_mm
+        from torchao.prototype.quantized_training.int8 import quantize_int8_rowwise
+        from torchao.prototype.quantized_training.int8_mixed_precision import scaled_int8_mm
     except ImportError as error:
         reason = first_line(error)
         raise UserError(f"int8 needs torchao ({reason}): pip install {TORCHAO}")
-    return _dynamic_int8_mm
+    return Torchao(quantize_int8_rowwise, scaled_int8_mm)
 
 
 def use_int8(model: GPT):
     """Make the linear layers of the blocks multiply in int8 when they are trained."""
-    multiply = load_product()
+    torchao = load_torchao()
     for layer in model.transformer.h.modules():
         if isinstance(layer, nn.Linear):
             layer.__class__ = Int8Linear
-            layer.multiply = multiply
+            layer.torchao = torchao
 
 
 class Int8Linear(nn.Linear):
-    """A linear layer that computes its output and the gradient of its input by `multiply` while it
-    is trained."""
+    """A linear layer that computes in int8 while it is trained."""
+
+    torchao: Torchao
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         # In two dimensions, so that Inductor rounds in the kernel that computes x.
         rows = to_autocast_dtype(x).flatten(0, -2)
-        y = _Int8Products.apply(rows, self.weight, self.multiply)
+        y = _Int8Products.apply(rows, self.weight, self.torchao)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], -1)
@@ -70,13 +91,22 @@ class Int8Linear(nn.Linear):
 
 class _Int8Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, multiply):
-        ctx.save_for_backward(x, weight)
-        ctx.multiply = multiply
-        return multiply(x, weight.to(x.dtype).T)
+    def forward(ctx, x, weight, torchao):
+        x_int8, x_scale = torchao.round_rows(x)
+        ctx.save_for_backward(x_int8, x_scale, weight)
+        ctx.torchao = torchao
+        return torchao.product((x_int8, x_scale), torchao.round_rows(weight.to(x.dtype)))
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = ctx.multiply(grad, weight.to(x.dtype))
-        return grad_x, (grad.T @ x).to(weight.dtype), None
+        x_int8, x_scale, weight = ctx.saved_tensors
+        torchao = ctx.torchao
+        weight_columns = torchao.round_rows(weight.to(grad.dtype).T)
+        grad_x = torchao.product(torchao.round_rows(grad), weight_columns)
+        # The gradient of the weight is grad.T @ x, a sum over tokens. The scales of x differ
+        # between tokens, so they are multiplied into grad before it is rounded. So the integers of
+        # x serve twice, and x itself need not be saved.
+        grad_columns = torchao.round_rows((grad * (GRADIENT_SCALE * x_scale[:, None])).T)
+        inverse = torch.full_like(x_int8[0], 1 / GRADIENT_SCALE, dtype=grad.dtype)
+        grad_weight = torchao.product(grad_columns, (x_int8.T, inverse))
+        return grad_x, grad_weight.to(weight.dtype), None
