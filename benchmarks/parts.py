@@ -188,7 +188,7 @@ def muon(root: Path):
             matrix.grad = torch.randn_like(matrix)
         return build(matrices, lr=0.01, weight_decay=0.1, **options)
 
-    improved = {"row_norm": True, "cautious": True, "lookahead": 0.6}
+    improved = {"row_norm": True, "cautious": True, "lookahead": 0.6, "slow_share": 0.5}
     for name, build, options in (
         ("torch's", torch.optim.Muon, {}),
         ("ours", Muon, {}),

@@ -4,7 +4,7 @@
 # Without --hours, the length is max_iters, chosen as follows. The only clean public measurement of
 # a similar recipe (modded-nanogpt's track 3, result 36: 124M, 1,024 tokens, FineWeb) reaches
 # GPT-2's val loss of 3.28 after 1.70 billion tokens, and gains 0.146 for each e-fold of tokens. The
-# plan for a 4070 (--plan --plan_card="RTX 4070") is 63,400 tokens/s: 1.70 billion tokens take 7 h
+# plan for a 4070 (--plan --plan_card="RTX 4070") is 63,300 tokens/s: 1.70 billion tokens take 7 h
 # 30 min, --hours=8 gives about 1.8 billion and a loss of 3.27, and --hours=5 gives 1.14 billion and
 # about 3.34. At the 55,700 tokens/s that a 4070 was reported to reach with nanochat's d12 (4 % more
 # FLOPs per token, and more memory traffic), 8 hours are 1.60 billion tokens and a loss of 3.29.
@@ -40,9 +40,10 @@ bias = False
 
 # From modded-nanogpt's track 3, for 524,288 tokens per iteration: NorMuon at 0.035 with a decay of
 # 0.025 (result 10), and AdamW at 0.7, 0.004 and 0.015 (result 36). All are multiplied by sqrt(1/2)
-# for half as many tokens. Muon also has cautious decay (result 46) and EMA-Nesterov (result 39).
-# Others measured each of these in its own setting. Together they were better than plain Muon over
-# 23 million tokens, and have not been tried for a whole night (benchmarks/recipe/README.md).
+# for half as many tokens. Muon also has cautious decay (result 46), EMA-Nesterov (result 39) and
+# two-speed momentum (pull request 340). Others measured each of these in its own setting. Without
+# the last, they were together better than plain Muon over 23 million tokens; they have not been
+# tried for a whole night (benchmarks/recipe/README.md).
 optimizer = "muon"
 learning_rate = 0.0247  # Muon, for the matrices of the blocks
 embedding_lr = 0.5  # AdamW, as for the next two
@@ -63,6 +64,6 @@ min_lr = 0.0
 
 compile = True
 
-# The matrix products of the blocks in int8, with torchao: by the plan 1.21 times as fast. Neither
-# speed nor loss has been measured on a GPU yet (README).
+# The matrix products of the blocks' linear layers in int8, with torchao: by the plan 1.22 times as
+# fast. Neither speed nor loss has been measured on a GPU yet (README).
 # int8 = True

@@ -30,6 +30,7 @@ class ChangedConfig(TrainConfig):
     normuon: bool = setting(False, "divide each row of Muon's update by the root of its moment")
     cautious: bool = setting(False, "with Muon, decay only weights that the update makes smaller")
     lookahead: float = setting(0.0, "EMA-Nesterov's lookahead of the matrices", low=0)
+    two_speeds: bool = setting(False, "with Muon, the mean of a fast and a slow momentum")
     tail_average: bool = setting(
         False, "at the end, blend the weights with their average over the last 12 %"
     )
@@ -42,11 +43,13 @@ class ChangedConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        changes_muon = self.normuon or self.cautious or self.lookahead
+        changes_muon = self.normuon or self.cautious or self.lookahead or self.two_speeds
         if changes_muon and self.optimizer != "muon":
-            raise ValueError("normuon, cautious and lookahead need --optimizer=muon")
+            raise ValueError("normuon, cautious, lookahead and two_speeds need --optimizer=muon")
         if self.int8 and self.int8_products:
             raise ValueError("int8_products emulates int8: use one of them")
+        if self.int8_reuse and "grad_weight" not in self.int8_products:
+            raise ValueError("int8_reuse needs grad_weight among int8_products")
         if not set(self.int8_products.split(",")) <= {"", *PRODUCTS}:
             raise ValueError(
                 f"int8_products must be some of {','.join(PRODUCTS)}, not {self.int8_products}"
@@ -80,6 +83,8 @@ class ChangedRun:
             self.matrices["cautious"] = config.cautious
             if not config.lookahead:
                 self.matrices["lookahead"] = None
+            if not config.two_speeds:
+                self.matrices["slow_share"] = None
         if config.int8_products:
             products = tuple(config.int8_products.split(","))
             round_products(model, products, config.int8_last, config.int8_reuse)

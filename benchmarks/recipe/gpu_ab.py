@@ -64,6 +64,7 @@ STACK = {
     "normuon": True,
     "cautious": True,
     "lookahead": LOOKAHEAD,
+    "two_speeds": True,
     "matrix_warmdown": 0.8,
     "warmdown": 0.4,
 }

@@ -8,7 +8,7 @@ The files are in benchmarks/recipe/. The difference is that of the mean losses o
 `muon-qwen3`, with its standard error if both have several seeds. If muon-qwen3 has runs of several
 lengths, the last column is the number of tokens that a row needs to reach its loss, relative to
 muon-qwen3: exp(difference / slope), where the slope is what muon-qwen3 gains for each e-fold of
-tokens.
+tokens between its two longest lengths.
 """
 
 import json
@@ -18,6 +18,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
@@ -29,15 +30,15 @@ def main(file_name: str = "results.jsonl"):
     runs = [json.loads(line) for line in lines]
     losses = losses_by_row(runs)
     lengths = sorted(tokens for name, tokens in losses if name == BASE)
-    shortest = lengths[0]
     longest = lengths[-1]
     slope = math.nan
-    if shortest < longest:
-        slope = mean_loss(losses[BASE, shortest]) - mean_loss(losses[BASE, longest])
-        slope /= math.log(longest / shortest)
+    if len(lengths) > 1:
+        shorter = lengths[-2]
+        slope = mean_loss(losses[BASE, shorter]) - mean_loss(losses[BASE, longest])
+        slope /= math.log(longest / shorter)
         print(
             f"{BASE}: {slope:.3f} nats for each e-fold of tokens, "
-            f"between {shortest / 1e6:.1f} and {longest / 1e6:.1f} million\n"
+            f"between {shorter / 1e6:.1f} and {longest / 1e6:.1f} million\n"
         )
     for tokens in reversed(lengths):
         print_table(losses, tokens, slope)
@@ -104,8 +105,9 @@ def print_table(losses: dict, tokens: int, slope: float):
 
 def draw(runs: list[dict], path: Path):
     """Draw the val loss of each run against tokens."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     for run in sorted(runs, key=final_loss):
         million_tokens = [tokens / 1e6 for tokens, _ in run["val_loss"]]
         losses = [loss for _, loss in run["val_loss"]]
@@ -124,7 +126,7 @@ def draw(runs: list[dict], path: Path):
     )
     axes.set_ylabel("val loss (nats per token, 4,096 ids)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
 
 

@@ -57,8 +57,8 @@ MODERN = {
 TRAPEZOID = {"warmdown": 0.7}
 ADAMW = {"learning_rate": 2e-3, "vector_lr": 0.0}
 MUON = {"optimizer": "muon", "learning_rate": 0.02, "vector_lr": 0.015}
-# Muon as config/train_fineweb_4070_fast.py has it. NorMuon's rate is 1.4 times Muon's, as in
-# modded-nanogpt's track 3.
+# Muon as config/train_fineweb_4070_fast.py has it, but without two-speed momentum.
+# NorMuon's rate is 1.4 times Muon's, as in modded-nanogpt's track 3.
 STACK = {
     "learning_rate": 0.028,
     "weight_decay": 0.025,

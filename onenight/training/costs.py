@@ -19,9 +19,10 @@ EAGER_BYTES = {"gpt2": 0, "qwen3": 30}
 # Without torch.compile each operation reads and writes memory by itself, mostly in float32: about
 # this many times what the compiled kernels do. The softmax makes 8 passes over the logits, not 2.
 EAGER_PASSES = 4
-# What rounding a weight by rows and by columns moves in each micro-batch, beside the change of its
-# number format: the difference between the kernels with and without --int8 (benchmarks/LOG.md).
-INT8_WEIGHT_BYTES = 8
+# What a weight of the blocks adds in each micro-batch, by the kernels with and without --int8:
+# rounding by rows and by columns moves 8 bytes more than the change of its number format, and the
+# gradient's change of format, 6 bytes, falls away (benchmarks/LOG.md).
+INT8_WEIGHT_BYTES = 2
 
 
 def predict_seconds(model: GPT, config: TrainConfig, speed: Speed) -> float:
@@ -66,9 +67,9 @@ def moved_per_token(shape: GPTConfig, config: TrainConfig) -> float:
     # The activation of the MLP: 2 forward and 3 backward; with a gate 3 and 5.
     passes = 8 if shape.parts.gated_mlp else 5
     channels += passes * shape.mlp_width
-    # Rounding to int8: the gradients are read once for the scales of their columns and once to be
-    # rounded by rows and by columns, and the inputs once more for the backward pass. With rotary
-    # positions, the gradients of query, key and value are also joined by a kernel of its own.
+    # What rounding to int8 adds, mainly: gradients are read once for the scales of their columns,
+    # and once to be rounded by rows and by columns, and inputs are computed again in the backward
+    # pass. With rotary positions, the joined gradients of query, key and value are written first.
     if config.int8:
         passes = 24 if shape.parts.rotary_positions else 14
         channels += passes * shape.n_embd
@@ -123,7 +124,7 @@ def predict_memory(model: GPT, config: TrainConfig, micro_batch_size: int) -> di
     activations = tokens * shape.n_layer * saved_bytes_per_token(shape, config)
     if dtype_bytes < FLOAT32_BYTES:
         activations += dtype_bytes * block_weights(model)  # the weights as the products read them
-    if config.int8:
+    if config.int8 and config.compile:
         # What the compiled graphs keep besides, by benchmarks/roofline/run.py.
         activations += 2 * block_weights(model)
     return {
@@ -144,8 +145,8 @@ def saved_bytes_per_token(shape: GPTConfig, config: TrainConfig) -> float:
     copies = 11 if shape.parts.rotary_positions else 9
     # The hidden layer of the MLP before and after the activation, and with a gate the gate.
     mlp_copies = 3 if shape.parts.gated_mlp else 2
-    # With int8, none of what the linear layers read is saved: it is computed again from the rest,
-    # in the memory of about one copy.
+    # With int8, none of what the linear layers read is saved: it is computed again from the rest.
+    # That takes about as much memory as one of these three copies, by benchmarks/roofline/run.py.
     if config.int8 and config.compile:
         copies -= 2
         mlp_copies -= 1

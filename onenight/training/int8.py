@@ -1,10 +1,11 @@
 """Matrix products in int8, by torchao (torchao.prototype.quantized_training).
 
 In a training step, the linear layers of the blocks compute their outputs, and the gradients of
-their inputs and weights, from int8: each row of the left matrix and each column of the right one is
-divided by its largest absolute value, rounded to a multiple of 1/127, and multiplied by it again
-after the product. Everything else is as without: attention itself, the head, the optimizers,
-evaluations, and checkpoints.
+their inputs and weights, from int8. Each row of the left matrix and each column of the right one is
+divided by its scale, which is its largest absolute value / 127, and rounded to integers; their
+product is multiplied by both scales. Only the gradients of the weights differ a little: see
+backward(). Everything else is as without: attention itself, the head, the optimizers, evaluations,
+and checkpoints.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from onenight.system.console import quiet_torchao
 from onenight.system.wording import first_line
 
 TORCHAO = "torchao==0.18.0"  # tried on CPUs, and compiled for an RTX 4070
-# torchao does not round with scales below 1e-12. Those of gradients are about 1e-10 with 262,144
-# tokens per iteration, and those of gradients times scales of inputs would be 100 times smaller.
+# torchao divides by at least 1e-12, even if the scale is smaller; then the product is too small.
+# The scales of gradients are about 1e-10 with 262,144 tokens per iteration. Multiplied by those of
+# inputs, about 0.01, they would be near that limit. So the gradients of the weights are computed
+# 128 times as large.
 GRADIENT_SCALE = 128.0
 AMPERE = (8, 0)  # compute capability of the A100, the first with bfloat16; the RTX 30 has 8.6
 
@@ -103,10 +106,12 @@ class _Int8Products(torch.autograd.Function):
         torchao = ctx.torchao
         weight_columns = torchao.round_rows(weight.to(grad.dtype).T)
         grad_x = torchao.product(torchao.round_rows(grad), weight_columns)
-        # The gradient of the weight is grad.T @ x, a sum over tokens. The scales of x differ
-        # between tokens, so they are multiplied into grad before it is rounded. So the integers of
-        # x serve twice, and x itself need not be saved.
-        grad_columns = torchao.round_rows((grad * (GRADIENT_SCALE * x_scale[:, None])).T)
-        inverse = torch.full_like(x_int8[0], 1 / GRADIENT_SCALE, dtype=grad.dtype)
-        grad_weight = torchao.product(grad_columns, (x_int8.T, inverse))
-        return grad_x, grad_weight.to(weight.dtype), None
+        # The gradient of the weight is grad.T @ x, a sum over tokens. The output's integers of x
+        # have a scale for each token, which can not be taken out of that sum, so it is multiplied
+        # into grad before it is rounded. So x is rounded only once, and need not be saved.
+        # (Compiled, not even the integers are saved: Inductor computes them again.)
+        scaled = grad.float() * (GRADIENT_SCALE * x_scale.float()[:, None])
+        grad_columns = torchao.round_rows(scaled.T)
+        x_scales = torch.full_like(x_int8[0], 1 / GRADIENT_SCALE, dtype=torch.float32)
+        grad_weight = torchao.product(grad_columns, (x_int8.T, x_scales))
+        return grad_x, grad_weight, None  # in float32, as the weight

@@ -1,4 +1,4 @@
-"""Muon, the optimizer of the matrices of the blocks, with three improvements by others.
+"""Muon, the optimizer of the matrices of the blocks, with four improvements by others.
 
 Muon (https://kellerjordan.github.io/posts/muon/) makes the update of a matrix orthogonal, so that
 it changes all directions equally. Here matrices of one shape are updated together, which is much
@@ -14,6 +14,12 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 EPS = 1e-7
 MOMENTUM = 0.95
+# Two-speed momentum, with the rates of modded-nanogpt's pull request 340 (where it is bi-Maxwell
+# momentum): instead of one moving average of the gradients, a weighted mean of a fast and a slow
+# one. Unlike there, the slow one exists from the first update on, so that the memory of a run does
+# not grow later.
+FAST_MOMENTUM = 0.85
+SLOW_MOMENTUM = 0.98
 # The most matrices that are updated together: the layers of the short night. With a limit, the
 # memory of an update does not grow with the number of layers.
 MATRICES_AT_ONCE = 12
@@ -24,7 +30,7 @@ ROW_EPS = 1e-10
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum. Without the three improvements it is torch.optim.Muon.
+    """Muon with Nesterov momentum. Without the four improvements it is torch.optim.Muon.
 
     Args:
         params: matrices, or parameter groups of matrices.
@@ -39,6 +45,9 @@ class Muon(torch.optim.Optimizer):
             this multiple of their mean displacement, and compute the next gradient there. None:
             off, and no displacement is stored. Like lr, it may change between the steps.
         displacement_beta: for the moving average that is the mean displacement.
+        slow_share: two-speed momentum: the weight of the slow average. While it is positive, the
+            other one has FAST_MOMENTUM instead of MOMENTUM. None: off, and no slow average is
+            stored. Like lr, it may change between the steps.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class Muon(torch.optim.Optimizer):
         cautious: bool = False,
         lookahead: float | None = None,
         displacement_beta: float = 0.99,
+        slow_share: float | None = None,
     ):
         defaults = {
             "lr": lr,
@@ -58,6 +68,7 @@ class Muon(torch.optim.Optimizer):
             "cautious": cautious,
             "lookahead": lookahead,
             "displacement_beta": displacement_beta,
+            "slow_share": slow_share,
         }
         super().__init__(params, defaults)
 
@@ -75,7 +86,7 @@ class Muon(torch.optim.Optimizer):
     def update(self, matrices: list[torch.Tensor], group: dict):
         """Update matrices of one shape."""
         rows, columns = matrices[0].shape
-        updates = orthogonal(self.directions(matrices))
+        updates = orthogonal(self.directions(matrices, group))
         if group["row_norm"]:
             updates = self.divide_rows(updates, matrices)
         lr = group["lr"]
@@ -88,11 +99,16 @@ class Muon(torch.optim.Optimizer):
         if group["lookahead"] is not None:
             self.look_ahead(matrices, updates, group)
 
-    def directions(self, matrices: list[torch.Tensor]) -> torch.Tensor:
+    def directions(self, matrices: list[torch.Tensor], group: dict) -> torch.Tensor:
         """Return the gradients with Nesterov momentum: float32 (N, rows, columns)."""
         gradients = [parameter.grad for parameter in matrices]
         momenta = self.states("momentum_buffer", matrices, matrices)
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        beta = FAST_MOMENTUM if group["slow_share"] else MOMENTUM
+        torch._foreach_lerp_(momenta, gradients, 1 - beta)
+        if group["slow_share"] is not None:
+            slow = self.states("slow_momentum", matrices, matrices)
+            torch._foreach_lerp_(slow, gradients, 1 - SLOW_MOMENTUM)
+            momenta = torch._foreach_lerp(momenta, slow, group["slow_share"])
         return torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
 
     def divide_rows(self, updates: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:

@@ -52,7 +52,7 @@ def build_adamw(groups: list[dict], config, device: torch.device) -> torch.optim
 
 
 def build_muon(groups: list[dict], config, device: torch.device) -> torch.optim.Optimizer:
-    """Muon: see muon.py. schedule.py sets its lookahead along the run."""
+    """Muon: see muon.py. schedule.py sets its lookahead and its slow momentum along the run."""
     return Muon(
         groups,
         lr=config.learning_rate,
@@ -60,12 +60,13 @@ def build_muon(groups: list[dict], config, device: torch.device) -> torch.optim.
         cautious=True,
         lookahead=0.0,
         displacement_beta=1 - 1 / max(10, config.lr_decay_iters / DISPLACEMENTS_PER_SCHEDULE),
+        slow_share=0.0,
     )
 
 
 # AdamW's key is nanoGPT's.
 ADAMW = OptimizerKind("optimizer", build_adamw, state_per_weight=2, has_own_scale=False)
-MUON = OptimizerKind("muon", build_muon, state_per_weight=2, has_own_scale=True, state_per_row=1)
+MUON = OptimizerKind("muon", build_muon, state_per_weight=3, has_own_scale=True, state_per_row=1)
 
 # What --optimizer=NAME means: the optimizer of each group.
 CHOICES = {

@@ -67,15 +67,15 @@ def resume(trainer: Trainer, checkpoint: dict):
         was_resolved = before[key] != "auto"  # older versions saved "auto"
         if before[key] != value and was_resolved and not may_differ:
             print(f"changed since: {key} {before[key]} -> {value}")
-    if has_plain_muon(checkpoint):
-        print("changed since: Muon, which now has NorMuon, cautious decay and EMA-Nesterov")
+    if has_earlier_muon(checkpoint):
+        print("changed since: Muon, which now has improvements that it did not have then")
 
 
-def has_plain_muon(checkpoint: dict) -> bool:
-    """Return whether a checkpoint is from a version that used torch.optim.Muon. Its momentum is
-    loaded; what it lacks begins at zero."""
+def has_earlier_muon(checkpoint: dict) -> bool:
+    """Return whether a checkpoint is from a version whose Muon had less state, or was
+    torch.optim.Muon. Its state is loaded; what it lacks begins at zero."""
     states = checkpoint.get("muon", {}).get("state", {})
-    return bool(states) and not any("displacement" in state for state in states.values())
+    return bool(states) and not any("slow_momentum" in state for state in states.values())
 
 
 def describe_resume(run: Run) -> str:

@@ -116,7 +116,7 @@ def test_only_the_asked_products_of_the_asked_layers_are_from_int8(import_module
     assert calls[3:] == [False, True] * 3
 
 
-def test_all_of_them_are_what_int8_computes(import_module):
+def test_emulating_all_products_is_what_int8_computes(import_module):
     torch.manual_seed(0)
     models = GPT(SHAPE), GPT(SHAPE)
     models[1].load_state_dict(models[0].state_dict())
@@ -238,7 +238,8 @@ def test_a_run_that_starts_anew_repeats_itself(import_module, bins):
         "embedding_lr": 0.1,
         "head_lr": 0.01,
         "normuon": True,
-        "lookahead": True,
+        "lookahead": 0.6,
+        "two_speeds": True,
         "dropout": 0.1,
     }
     config = changed_run.with_length(changed_run.ChangedConfig(**settings), iters=8)

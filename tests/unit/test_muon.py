@@ -1,11 +1,19 @@
-"""muon.py, against torch.optim.Muon and against the formulas of its three improvements."""
+"""muon.py, against torch.optim.Muon and against the formulas of its four improvements."""
 
 from copy import deepcopy
 
 import pytest
 import torch
 
-from onenight.training.muon import MATRICES_AT_ONCE, MOMENTUM, ROW_BETA, Muon, orthogonal
+from onenight.training.muon import (
+    FAST_MOMENTUM,
+    MATRICES_AT_ONCE,
+    MOMENTUM,
+    ROW_BETA,
+    SLOW_MOMENTUM,
+    Muon,
+    orthogonal,
+)
 
 SHAPES = [(48, 48), (48, 48), (96, 48), (48, 96), (48, 48), (96, 48)]
 LR = 0.02
@@ -147,8 +155,31 @@ def test_lookahead_moves_before_each_iteration_along_the_mean_displacement():
         assert displacement.abs().max() > 1e-3
 
 
+def test_from_some_iteration_on_the_momentum_is_the_mean_of_a_fast_and_a_slow_average():
+    weights = make_weights()
+    optimizer = Muon(weights, lr=LR, slow_share=0.0)
+    (group,) = optimizer.param_groups
+    fast = [0] * len(weights)
+    slow = [0] * len(weights)
+    for i in range(6):
+        share = 0.6 if i >= 3 else 0.0
+        beta = FAST_MOMENTUM if i >= 3 else MOMENTUM
+        group["slow_share"] = share
+        set_gradients(weights, seed=i)
+        before = [weight.detach().clone() for weight in weights]
+        optimizer.step()
+        for n, weight in enumerate(weights):
+            fast[n] = beta * fast[n] + (1 - beta) * weight.grad
+            slow[n] = SLOW_MOMENTUM * slow[n] + (1 - SLOW_MOMENTUM) * weight.grad
+            momentum = (1 - share) * fast[n] + share * slow[n]
+            direction = MOMENTUM * momentum + (1 - MOMENTUM) * weight.grad
+            expected = -LR * scale(weight) * orthogonal(direction[None])[0].float()
+            change = weight.detach() - before[n]
+            assert torch.allclose(change, expected, rtol=ROUNDING, atol=LR * ROUNDING / 4)
+
+
 def test_its_state_can_be_saved_and_loaded():
-    options = {"lr": LR, "row_norm": True, "cautious": True, "lookahead": 0.5}
+    options = {"lr": LR, "row_norm": True, "cautious": True, "lookahead": 0.5, "slow_share": 0.5}
     straight = make_weights()
     run(Muon(straight, **options), straight)
 

@@ -64,7 +64,7 @@ def test_the_matrices_may_have_a_decay_of_their_own():
     ]
 
 
-def test_the_lookahead_follows_the_rate_in_the_middle_of_the_run():
+def test_lookahead_and_slow_momentum_have_their_parts_of_the_run():
     config = TrainConfig(
         optimizer="muon",
         embedding_lr=0.1,
@@ -74,14 +74,18 @@ def test_the_lookahead_follows_the_rate_in_the_middle_of_the_run():
         lr_decay_iters=100,
         max_iters=100,
     )
-    group = {"name": "matrices", "peak_lr": 0.02, "lookahead": 0.0}
+    group = {"name": "matrices", "peak_lr": 0.02, "lookahead": 0.0, "slow_share": 0.0}
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], **group}])
     (group,) = optimizer.param_groups
     lookaheads = []
-    for place in (0, 15, 16, 50, 75, 76.2):
+    shares = []
+    for place in (0, 15, 16, 30, 31, 50, 75, 76.2):
         set_rates({"muon": optimizer}, config, place)
         lookaheads.append(group["lookahead"])
-    assert lookaheads == pytest.approx([0.0, 0.0, 0.6, 0.6, 0.3, 0.0])
+        shares.append(group["slow_share"])
+    # The lookahead follows the learning rate.
+    assert lookaheads == pytest.approx([0.0, 0.0, 0.6, 0.6, 0.6, 0.6, 0.3, 0.0])
+    assert shares == [0.0] * 4 + [0.5615] * 4
 
 
 def test_each_group_gets_its_own_rate_and_the_metrics_have_it():
