@@ -5,8 +5,8 @@ The operands are rounded as torchao rounds them (prototype.quantized_training): 
 one and each column of the right one is divided by its largest absolute value and rounded to a
 multiple of 1/127. The products of these integers are then computed in the dtype of the operands:
 bfloat16 represents integers up to 256 exactly. Unlike torchao, it also rounds the sums to bfloat16
-before they are multiplied by the scales; and it does not scale the gradients as int8.py does,
-because those of 4,096 tokens per iteration are large enough.
+before they are multiplied by the scales. Unlike int8.py, it rounds the gradients of the weights to
+bfloat16, and does not scale them: those of 4,096 tokens per iteration are large enough.
 
 With `reuse`, the gradients of the weights are the product of the integers of the forward pass,
 whose scales are those of rows, and of the gradients multiplied by these scales before they are

@@ -106,10 +106,10 @@ class _Int8Products(torch.autograd.Function):
         torchao = ctx.torchao
         weight_columns = torchao.round_rows(weight.to(grad.dtype).T)
         grad_x = torchao.product(torchao.round_rows(grad), weight_columns)
-        # The gradient of the weight is grad.T @ x, a sum over tokens. The output's integers of x
-        # have a scale for each token, which can not be taken out of that sum, so it is multiplied
-        # into grad before it is rounded. So x is rounded only once, and need not be saved.
-        # (Compiled, not even the integers are saved: Inductor computes them again.)
+        # The gradient of the weight is grad.T @ x, a sum over tokens. The integers of x have a
+        # scale for each token, which cannot be taken out of that sum: multiply it into grad before
+        # that is rounded. Then x is rounded only once, and need not be saved. (Compiled, not even
+        # its integers are saved: Inductor computes them again.)
         scaled = grad.float() * (GRADIENT_SCALE * x_scale.float()[:, None])
         grad_columns = torchao.round_rows(scaled.T)
         x_scales = torch.full_like(x_int8[0], 1 / GRADIENT_SCALE, dtype=torch.float32)

@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
         displacement_beta: for the moving average that is the mean displacement.
         slow_share: two-speed momentum: the weight of the slow average. While it is positive, the
             other one has FAST_MOMENTUM instead of MOMENTUM. None: off, and no slow average is
-            stored. Like lr, it may change between the steps.
+            stored. Like lr, it may change between the steps: see schedule.py.
     """
 
     def __init__(
