@@ -3,6 +3,7 @@ Measures on your own GPU what the project has not measured yet.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --peer=../nanoGPT --minutes=40
+    python benchmarks/gpu.py --parts=int8,resuming
 
 These are speed, memory against the plan, the gain of --int8, nanoGPT beside it, running out of
 memory, resuming, sampling, and the gain of some switches. It trains on random ids in a temporary
@@ -17,7 +18,6 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from onenight.system.wording import first_line
 class GpuConfig:
     peer: str = setting("", "folder of a nanoGPT checkout to measure beside ours", path=True)
     minutes: float = setting(15.0, "stop after this time, and name what was not reached", above=0)
+    parts: str = setting("", "parts to measure, separated by commas; '': all")
     device: str = setting(
         "auto", "'auto' is the GPU if there is one", choices=("auto", "cuda", "cpu")
     )
@@ -44,10 +45,17 @@ class GpuConfig:
     )
 
     def __post_init__(self):
+        unknown = [name for name in self.part_names if name not in PARTS]
+        if unknown:
+            raise ValueError(f"parts must be some of {', '.join(PARTS)}, not {', '.join(unknown)}")
         if self.save and not self.save.endswith(".json"):
             raise ValueError(
                 f"save must end in .json, not {self.save!r}; the table goes beside it as .md"
             )
+
+    @property
+    def part_names(self) -> list[str]:
+        return self.parts.split(",") if self.parts else list(PARTS)
 
 
 def main(arguments: list[str]):
@@ -59,8 +67,8 @@ def main(arguments: list[str]):
             about = {"command": command, "tiny": bench.tiny, **bench.card}
             path = config.save or RESULTS / f"gpu-{name_of(bench)}.json"
             report = Report(Path(path), about)
-            for part, measure, limit_s in PARTS:
-                measure_part(part, measure, limit_s, bench, report)
+            for part in config.part_names:
+                measure_part(part, bench, report)
     except KeyboardInterrupt:
         print("stopped; the figures so far have been saved", file=sys.stderr)
         raise SystemExit(130) from None
@@ -75,9 +83,10 @@ def name_of(bench: Bench) -> str:
     return re.sub("[^a-z0-9]+", "-", bench.card["machine"].lower()).strip("-")
 
 
-def measure_part(part: str, measure: Callable, limit_s: float, bench: Bench, report: Report):
+def measure_part(part: str, bench: Bench, report: Report):
     """Measure a part until it ends or its time is over, and report the reason if it did not
     end."""
+    measure, limit_s = PARTS[part]
     started = time.monotonic()
     bench.deadline = min(bench.end, started + limit_s)
     n_measured = 0

@@ -216,20 +216,19 @@ def switches(bench: Bench) -> Measurements:
 
 
 # The parts in their order, and the seconds that each may take.
-PARTS = [
-    ("card", the_card, 60),
-    ("the long night", functools.partial(train_config, NIGHT), 240),
-    ("the short night", functools.partial(train_config, FAST), 240),
-    ("int8", int8_products, 240),
-    ("nanoGPT", peer, 480),
-    ("out of memory", out_of_memory, 150),
-    ("resuming", resuming, 150),
-    ("sampling", sampling, 240),
-    (
-        "the first evening",
+PARTS = {
+    "card": (the_card, 60),
+    "the long night": (functools.partial(train_config, NIGHT), 240),
+    "the short night": (functools.partial(train_config, FAST), 240),
+    "int8": (int8_products, 360),
+    "nanoGPT": (peer, 480),
+    "out of memory": (out_of_memory, 150),
+    "resuming": (resuming, 150),
+    "sampling": (sampling, 240),
+    "the first evening": (
         functools.partial(train_config, "config/train_fineweb_4070_small.py"),
         180,
     ),
-    ("finetuning", functools.partial(train_config, "config/finetune_gpt2.py"), 240),
-    ("switches", switches, 720),
-]
+    "finetuning": (functools.partial(train_config, "config/finetune_gpt2.py"), 240),
+    "switches": (switches, 720),
+}

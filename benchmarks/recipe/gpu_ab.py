@@ -18,7 +18,7 @@ batch with --batch_size and --gradient_accumulation_steps. Any other setting of 
 arms.
 
 It prints the val loss (on 524,288 tokens) after each eighth of the run, the tokens/s without
-evaluations and compiling, and the differences to the arm `plain`. --save writes the figures as JSON
+evaluations and compiling, and the differences to the first arm. --save writes the figures as JSON
 after each arm. Without a GPU a tiny model is trained, which shows only that the script works.
 """
 
@@ -74,7 +74,6 @@ ARMS = {
     "stack-int8": {**STACK, "int8": True},
     "stack-float32-residual": {**STACK, "float32_stream": True},
 }
-BASE = "plain"
 REFERENCE_TOKENS = 262_144  # an iteration of the config, for which the rates are given
 
 CONFIG = "config/train_fineweb_4070_fast.py"
@@ -172,7 +171,7 @@ def compare(config: AbConfig, arguments: list[str]) -> dict[str, dict]:
         # The first arm that was trained sets the length for those after it.
         iters = figures.get("iterations", iters)
         results[name] = figures
-        print(f"{name}: {describe(figures, results.get(BASE, {}))}", flush=True)
+        print(f"{name}: {describe(figures, results)}", flush=True)
         if config.save:
             write_json(Path(config.save), {**about, "arms": results})
     return results
@@ -201,16 +200,16 @@ def run_alone(name: str, arguments: list[str], iters: int) -> dict:
     return figures
 
 
-def describe(figures: dict, base: dict) -> str:
-    """Return the figures of an arm in words, compared with those of `base`, which may be empty."""
+def describe(figures: dict, results: dict[str, dict]) -> str:
+    """Return the figures of an arm in words, compared with those of the first arm in `results`."""
     if "failed" in figures:
         return f"failed: {figures['failed']}"
-    compares = "val_loss" in base and base is not figures
+    first_name, first = next(iter(results.items()))
     loss = f"val loss {final_loss(figures):.4f}"
     speed = f"{figures['tokens_per_s']:,.0f} tokens/s"
-    if compares:
-        loss += f" ({final_loss(figures) - final_loss(base):+.4f} against {BASE})"
-        speed += f" ({figures['tokens_per_s'] / base['tokens_per_s'] - 1:+.1%})"
+    if figures is not first and "failed" not in first:
+        loss += f" ({final_loss(figures) - final_loss(first):+.4f} against {first_name})"
+        speed += f" ({figures['tokens_per_s'] / first['tokens_per_s'] - 1:+.1%})"
     length = f"{figures['iterations']:,} iterations, {figures['tokens']:,} tokens"
     return f"{loss}, {speed}, {length}, {figures['epochs']:.2f} epochs"
 
@@ -221,7 +220,7 @@ def final_loss(figures: dict) -> float:
 
 
 def print_table(results: dict[str, dict]):
-    """Print the val losses after each eighth of the run, and the differences to BASE."""
+    """Print the val losses after each eighth of the run, and the differences to the first arm."""
     eighths = " | ".join(f"{n}/{EVALS}" for n in range(1, EVALS + 1))
     print(f"\n| arm | {eighths} | tokens/s |\n|---|{'---|' * EVALS}---|")
     for name, figures in results.items():
@@ -231,14 +230,14 @@ def print_table(results: dict[str, dict]):
         losses = " | ".join(f"{loss:.4f}" for _, loss in figures["val_loss"])
         print(f"| {name} | {losses} | {figures['tokens_per_s']:,.0f} |")
 
-    base = results.get(BASE, {})
-    for name, figures in results.items():
-        if figures is base or "failed" in base or not base or "failed" in figures:
+    (first_name, first), *others = results.items()
+    for name, figures in others:
+        if "failed" in first or "failed" in figures:
             continue
-        pairs = zip(figures["val_loss"], base["val_loss"])
-        differences = " | ".join(f"{loss - base_loss:+.4f}" for (_, loss), (_, base_loss) in pairs)
-        gain = figures["tokens_per_s"] / base["tokens_per_s"] - 1
-        print(f"| {name} - {BASE} | {differences} | {gain:+.1%} |")
+        pairs = zip(figures["val_loss"], first["val_loss"])
+        differences = " | ".join(f"{loss - of_first:+.4f}" for (_, loss), (_, of_first) in pairs)
+        gain = figures["tokens_per_s"] / first["tokens_per_s"] - 1
+        print(f"| {name} - {first_name} | {differences} | {gain:+.1%} |")
 
 
 # ---- one arm

@@ -8,6 +8,7 @@ backward(). Everything else is as without: attention itself, the head, the optim
 and checkpoints.
 """
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -58,6 +59,9 @@ class Torchao(NamedTuple):
 def load_torchao() -> Torchao:
     """Import torchao. Raises UserError if it is missing."""
     quiet_torchao()
+    # Triton measures 27 variants of torchao's kernel for each shape. With this, it saves what it
+    # has measured, and the next start is faster.
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     try:
         from torchao.prototype.quantized_training.int8 import quantize_int8_rowwise
         from torchao.prototype.quantized_training.int8_mixed_precision import scaled_int8_mm

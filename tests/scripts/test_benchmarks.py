@@ -227,8 +227,8 @@ def test_gpu_computes_what_to_measure_next_from_the_figures_so_far(gpu, tmp_path
     bench = gpu.Bench(tmp_path, gpu.GpuConfig(peer="somewhere"))
     about = {"tiny": False, "machine": "a card", "torch": "", "commit": "", "date": ""}
     report = gpu.Report(tmp_path / "gpu.json", about)
-    for part, measure, limit_s in gpu.PARTS:
-        gpu.measure_part(part, measure, limit_s, bench, report)
+    for part in gpu.PARTS:
+        gpu.measure_part(part, bench, report)
     parts = report.parts
     assert list(parts) == PARTS
 
@@ -264,6 +264,17 @@ def test_gpu_computes_what_to_measure_next_from_the_figures_so_far(gpu, tmp_path
     assert line in report.text
     assert "gain" in switches["as it is, again"]  # which comes after the failed one
     assert "skipped" in switches["max-autotune"]  # the card is too small for it
+
+
+def test_gpu_measures_only_the_parts_asked_for(tmp_path):
+    path = tmp_path / "gpu.json"
+    flags = ["--device=cpu", "--minutes=0.01", f"--save={path}"]
+    assert run("benchmarks/gpu.py", "--parts=int8,card", *flags).returncode == 0
+    assert list(json.loads(path.read_text())["parts"]) == ["int8", "card"]
+
+    result = run("benchmarks/gpu.py", "--parts=int8,sound", *flags)
+    assert result.returncode == 1
+    assert "not sound" in result.stderr
 
 
 def test_gpu_names_the_parts_that_the_minutes_are_too_short_for(tmp_path):
