@@ -111,13 +111,18 @@ def peer(bench: Bench) -> Measurements:
 
 
 def difference(one: dict, other: dict, first: int = 0) -> dict:
-    """Return the largest difference of the losses of two runs, from iteration `first` on."""
+    """Return the largest difference of the losses of two runs, from iteration `first` on, and the
+    iteration of the first difference."""
     failed = one.get("failed") or other.get("failed")
     if failed:
         return {"failed": failed}
     iters = range(first, len(one["losses"]))
-    largest = max(abs(one["losses"][i] - other["losses"][i]) for i in iters)
-    return {"loss_difference": largest, "iters": len(iters)}
+    differences = {i: abs(one["losses"][i] - other["losses"][i]) for i in iters}
+    figures = {"loss_difference": max(differences.values()), "iters": len(iters)}
+    differing = [i for i in iters if differences[i]]
+    if differing:
+        figures["differs_from"] = differing[0]
+    return figures
 
 
 def out_of_memory(bench: Bench) -> Measurements:

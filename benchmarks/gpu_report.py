@@ -26,6 +26,7 @@ WORDS = {
     "went_on_with": "continued with micro-batch {}",
     "loss_difference": "at most {:.1g} apart",
     "iters": "in {} iterations",
+    "differs_from": "the first at iteration {}",
     "save_s": "{:.2f} s",
     "saved_gb": "{:.2f} GB on disk",
     "skipped": "{}",

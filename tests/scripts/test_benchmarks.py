@@ -255,6 +255,7 @@ def test_gpu_computes_what_to_measure_next_from_the_figures_so_far(gpu, tmp_path
     }
     half = rows["losses with half the micro-batch, undisturbed"]
     assert half["loss_difference"] == pytest.approx(0.019)
+    assert half["differs_from"] == 1
 
     assert parts["sampling"]["8 samples, compiled"]["share_of_bandwidth"] == 0.25
 
