@@ -181,7 +181,8 @@ class CausalSelfAttention(nn.Module):
         k = k.transpose(1, 2)
         v = v.transpose(1, 2)
 
-        # attention over the sequence itself, or over the cache, once the sequence is added
+        # attention over the sequence itself, or over the cache, once the sequence is added.
+        # PyTorch chooses the kernel: in training on NVIDIA GPUs, flash attention or cuDNN's.
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)

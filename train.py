@@ -33,11 +33,12 @@ from onenight.models.checkpoint import (
     how_to_resume,
     save_checkpoint,
 )
-from onenight.system.console import StopSignal, run_script, set_up_output
+from onenight.system.console import run_script, set_up_output
 from onenight.system.device import autocast
 from onenight.system.distributed import Ranks, start_ranks
 from onenight.system.locks import lock_folder
 from onenight.system.memory import peak_memory_gb
+from onenight.system.signals import StopSignal
 from onenight.system.wording import duration
 from onenight.training.clock import Clock, awake_seconds
 from onenight.training.optimizers import learning_rates
@@ -51,6 +52,7 @@ from onenight.training.start import (
     describe_resume,
     how_to_extend,
     load_start,
+    refuse_second_run,
     refuse_to_overwrite,
     resume,
 )
@@ -70,6 +72,8 @@ def main(arguments: list[str], now=awake_seconds):
         ranks, device = start_ranks(config.device)
     config = choose_start(config, arguments, ranks)
     refuse_to_overwrite(config, out_dir)
+    if ranks.is_first:
+        refuse_second_run(config, out_dir)
     checkpoint = None
     if not config.plan:
         checkpoint = load_start(config, out_dir)
@@ -80,7 +84,7 @@ def main(arguments: list[str], now=awake_seconds):
     config = resolve(config, device)
     config = fit_to_max_iters(config, arguments)
     plan = make_plan(config, measure_ceiling(config))
-    print_plan(plan, config, arguments)
+    print_plan(plan, config, arguments, ranks.world_size)
     if config.plan:
         return
 
@@ -285,9 +289,13 @@ def log(run: Run, loss: float, grad_norm: float):
         tokens_per_s = run.tokens_per_s(s_per_iter)
         mfu = run.mfu(s_per_iter)
         record["tokens_per_s"] = round(tokens_per_s)
-        if mfu <= 1:
+        line += f", {tokens_per_s:,.0f} tokens/s, mfu "
+        # The ceiling is that of products in the config's dtype, which int8 may exceed.
+        if mfu <= 1 or config.int8:
             record["mfu"] = round(mfu, 4)
-        line += f", {tokens_per_s:,.0f} tokens/s, mfu {describe_mfu(mfu)}"
+            line += f"{mfu:.1%}"
+        else:
+            line += "unknown (the machine was busy when its speed was measured)"
         eta = max(0, run.schedule.seconds_left(run.progress))
         line += f", ETA {duration(eta)}, done at {run.clock.time_of_day(eta)}"
     allocated, reserved = peak_memory_gb(run.trainer.device)
@@ -301,12 +309,6 @@ def log(run: Run, loss: float, grad_norm: float):
         run.restore_folder()
         run.metrics.write(record)
     run.clock.add_log()
-
-
-def describe_mfu(mfu: float) -> str:
-    if mfu > 1:
-        return "unknown (the machine was busy when its speed was measured)"
-    return f"{mfu:.1%}"
 
 
 def save(run: Run):

@@ -11,7 +11,8 @@ folder and does not touch data/ and out*/. Each measurement runs in a process of
 fails, it is a line in the table, and the others still run. The most important parts come first, and
 parts that do not fit into --minutes are listed. After each measurement it writes
 benchmarks/results/gpu-<name of the card>.json, and the table beside it as .md. Without a GPU the
-same parts run with tiny models, which shows only that they work.
+same parts run with tiny models, which shows only that they work. What a part measures is in
+gpu_parts.py, and a measurement in gpu_measure.py.
 """
 
 import re
@@ -40,7 +41,7 @@ class GpuConfig:
     )
     save: str = setting(
         "",
-        "JSON file for the figures; '': benchmarks/results/gpu-<name of the card>.json",
+        "JSON file for the figures; '': benchmarks/results/gpu-<card and parts>.json",
         path=True,
     )
 
@@ -65,7 +66,7 @@ def main(arguments: list[str]):
             bench = Bench(Path(folder), config)
             command = " ".join(["python benchmarks/gpu.py", *arguments])
             about = {"command": command, "tiny": bench.tiny, **bench.card}
-            path = config.save or RESULTS / f"gpu-{name_of(bench)}.json"
+            path = config.save or RESULTS / f"{file_name(bench, config.parts)}.json"
             report = Report(Path(path), about)
             for part in config.part_names:
                 measure_part(part, bench, report)
@@ -76,11 +77,12 @@ def main(arguments: list[str]):
         raise UserError("the card did not answer within two minutes; check it with nvidia-smi")
 
 
-def name_of(bench: Bench) -> str:
-    """Return the name of the card as part of a file name."""
-    if bench.tiny:
-        return "tiny"
-    return re.sub("[^a-z0-9]+", "-", bench.card["machine"].lower()).strip("-")
+def file_name(bench: Bench, parts: str) -> str:
+    """Return the name of the files for the figures: that of the card and, if not all are measured,
+    those of the parts."""
+    machine = "tiny" if bench.tiny else bench.card["machine"]
+    name = f"gpu {machine} {parts}".lower()
+    return re.sub("[^a-z0-9]+", "-", name).strip("-")
 
 
 def measure_part(part: str, bench: Bench, report: Report):

@@ -80,7 +80,8 @@ class Bench:
         """Run a script until the deadline. Return what it printed, and why it failed or ""."""
         environment = {
             **os.environ,
-            # Fresh caches, so that what an earlier run has compiled does not count.
+            # Fresh caches, so that what an earlier run has compiled does not count. In this run,
+            # only the first measurement of a model compiles all of it.
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "TORCHINDUCTOR"),
             "TRITON_CACHE_DIR": str(self.folder / "TRITON"),
             **environment,

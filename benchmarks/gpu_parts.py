@@ -116,7 +116,8 @@ def difference(one: dict, other: dict, first: int = 0) -> dict:
     failed = one.get("failed") or other.get("failed")
     if failed:
         return {"failed": failed}
-    iters = range(first, len(one["losses"]))
+    # A loss that is not finite is not recorded.
+    iters = [i for i in one["losses"] if i >= first and i in other["losses"]]
     differences = {i: abs(one["losses"][i] - other["losses"][i]) for i in iters}
     figures = {"loss_difference": max(differences.values()), "iters": len(iters)}
     differing = [i for i in iters if differences[i]]
@@ -183,7 +184,7 @@ def sample(bench: Bench, file: str, samples: int, compiled: bool) -> dict:
         changes["new_tokens"] = 16
     figures = bench.figures("sampling", file, *bench.flags(**changes))
     if "weights_gb_s" in figures:
-        figures["share_of_bandwidth"] = figures["weights_gb_s"] / bench.card["copy_gb_s"]
+        figures["share_of_copying_speed"] = figures["weights_gb_s"] / bench.card["copy_gb_s"]
     return figures
 
 

@@ -16,7 +16,7 @@ WORDS = {
     "plan_gb": "planned {:.2f} GB",
     "reserved_gb": "reserved {:.2f} GB",
     "compile_s": "compiled in {:.0f} s",
-    "share_of_bandwidth": "{:.0%} of the copying speed",
+    "share_of_copying_speed": "{:.0%} of the copying speed",
     "difference": "at most {:.1g} from the exact ones",
     "note": "{}",
     "times": "{:.2f} times",

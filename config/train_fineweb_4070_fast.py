@@ -5,9 +5,9 @@
 # a similar recipe (modded-nanogpt's track 3, result 36: 124M, 1,024 tokens, FineWeb) reaches
 # GPT-2's val loss of 3.28 after 1.70 billion tokens, and gains 0.146 for each e-fold of tokens. The
 # plan for a 4070 (--plan --plan_card="RTX 4070") is 63,300 tokens/s: 1.70 billion tokens take 7 h
-# 30 min, --hours=8 gives about 1.8 billion and a loss of 3.27, and --hours=5 gives 1.14 billion and
+# 28 min, --hours=8 gives about 1.8 billion and a loss of 3.27, and --hours=5 gives 1.12 billion and
 # about 3.34. At the 55,700 tokens/s that a 4070 was reported to reach with nanochat's d12 (4 % more
-# FLOPs per token, and more memory traffic), 8 hours are 1.60 billion tokens and a loss of 3.29.
+# FLOPs per token, and more memory traffic), 8 hours are 1.57 billion tokens and a loss of 3.29.
 #
 # These are estimates: nobody has trained this config on that card yet. This run also reads a file
 # of 0.7 billion tokens more than twice, while the 3.28 was reached on text that does not repeat.
@@ -42,8 +42,9 @@ bias = False
 # 0.025 (result 10), and AdamW at 0.7, 0.004 and 0.015 (result 36). All are multiplied by sqrt(1/2)
 # for half as many tokens. Muon also has cautious decay (result 46), EMA-Nesterov (result 39) and
 # two-speed momentum (pull request 340). Others measured each of these in its own setting. Without
-# the last, they were together better than plain Muon over 23 million tokens; they have not been
-# tried for a whole night (benchmarks/recipe/README.md).
+# the last, they and their rates were together better than plain Muon with nanochat's, in one run
+# each over 23 million tokens; they have not been tried for a whole night
+# (benchmarks/recipe/README.md).
 optimizer = "muon"
 learning_rate = 0.0247  # Muon, for the matrices of the blocks
 embedding_lr = 0.5  # AdamW, as for the next two
@@ -65,5 +66,6 @@ min_lr = 0.0
 compile = True
 
 # The matrix products of the blocks' linear layers in int8, with torchao: by the plan 1.22 times as
-# fast. Neither speed nor loss has been measured on a GPU yet (README).
+# fast. Over 27 million tokens the loss was the same, but the H200 that trained them was slower. No
+# GeForce card has been measured here (README).
 # int8 = True

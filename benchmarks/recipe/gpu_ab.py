@@ -266,6 +266,8 @@ def train_arm(config: AbConfig) -> dict:
     # The run, from the initial weights
     start_anew(trainer, initial_weights, with_length(config, iters))
     del initial_weights
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     evaluations, seconds = ChangedRun(trainer).train(eval_iters, eval_iters)
     peak_memory, _ = peak_memory_gb(trainer.device)
     return {

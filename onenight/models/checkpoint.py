@@ -18,6 +18,7 @@ from model import GPT, GPTConfig
 from onenight.data.tokenizer import VOCAB_SIZE
 from onenight.system.device import DTYPES
 from onenight.system.files import replacing
+from onenight.system.memory import is_out_of_memory
 from onenight.system.wording import first_line, looked_in
 
 LATEST = "ckpt.pt"
@@ -30,6 +31,11 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")  # always in
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 # Causal masks, which older versions of nanoGPT and transformers saved with the weights.
 MASKS = (".attn.bias", ".attn.masked_bias")
+
+
+class UnusableCheckpoint(UserError):
+    """A checkpoint is missing or damaged: another one has to be used."""
+
 
 # ---- files
 
@@ -75,23 +81,24 @@ def newest_run() -> str:
     return str(newest.parent)
 
 
-def load_latest(out_dir: Path) -> dict:
+def load_latest(out_dir: Path, set_aside: bool = False) -> dict:
     """Read the latest checkpoint of a run or, if it is missing or damaged, the previous one.
 
-    Raises UserError if neither can be read.
+    A run that will save again must set a damaged one aside: the next save would otherwise keep it
+    in the place of the good previous one. Raises UserError if neither can be read.
     """
     latest = out_dir / LATEST
     previous = out_dir / PREVIOUS
     try:
         return load_checkpoint(latest)
-    except UserError as problem:
+    except UnusableCheckpoint as problem:
         if not previous.exists():
             raise
         print(f"{problem}\nloading {previous} instead")
     checkpoint = load_checkpoint(previous)
-    # The next save would otherwise replace the good previous checkpoint by the damaged one.
-    with contextlib.suppress(FileNotFoundError):
-        latest.replace(out_dir / DAMAGED)
+    if set_aside:
+        with contextlib.suppress(FileNotFoundError):
+            latest.replace(out_dir / DAMAGED)
     return checkpoint
 
 
@@ -105,12 +112,14 @@ def load_checkpoint(path: Path) -> dict:
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     model_args = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not isinstance(model_args, dict):
-        raise UserError(
+        raise UnusableCheckpoint(
             f"{path}: not a checkpoint of this program (it has no dicts model and model_args)"
         )
     invalid = [key for key in SIZES if not isinstance(model_args.get(key), int)]
     if invalid:
-        raise UserError(f"{path}: its model_args have no whole number for {', '.join(invalid)}")
+        raise UnusableCheckpoint(
+            f"{path}: its model_args have no whole number for {', '.join(invalid)}"
+        )
     return {
         **checkpoint,
         "model": clean_weights(weights),
@@ -127,18 +136,24 @@ def read_file(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(
+        raise UnusableCheckpoint(
             f"{path}: no such checkpoint{looked_in(path)}; "
             "train a model first, or correct --out_dir or --init_from"
         )
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})")
     except Exception as error:  # a damaged pickle raises anything
+        if is_out_of_memory(error):
+            raise
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise UserError(
                 f"{path}: contains something other than plain values and tensors ({refused[1]}); "
                 "save it again without that, for example float(x) instead of a NumPy number x"
             )
-        raise UserError(f"{path}: damaged, or not a checkpoint ({first_line(error)}); use another")
+        raise UnusableCheckpoint(
+            f"{path}: damaged, or not a checkpoint ({first_line(error)}); use another"
+        )
 
 
 def clean_weights(weights: dict) -> dict[str, torch.Tensor]:
@@ -162,8 +177,8 @@ def stored_model_args(model_args: dict) -> dict:
 
 
 def read_model_args(stored: dict) -> dict:
-    """Return the model_args of a checkpoint file with "architecture" in them."""
-    return {"architecture": "gpt2", **stored}
+    """Return the model_args of a checkpoint file, with what nanoGPT's may lack."""
+    return {"architecture": "gpt2", "bias": True, "dropout": 0.0, **stored}
 
 
 def check_space(out_dir: Path, parameters: int, state_per_weight: float):

@@ -22,7 +22,7 @@ class Card:
     """A card as NVIDIA rates it."""
 
     name: str
-    memory_gb: float
+    memory_gb: float  # its GiB, taken for GB: the rest is for the driver and the desktop
     tflops: float  # dense products in bfloat16 that sum in float32
     gb_per_s: float
 

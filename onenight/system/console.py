@@ -1,4 +1,4 @@
-"""What is printed, signals that stop a run, and the entry point of the scripts."""
+"""What is printed, and the entry point of the scripts."""
 
 import contextlib
 import logging
@@ -7,19 +7,7 @@ import signal
 import sys
 
 from configurator import UserError
-
-# The signals that ask a process to end. Batch systems send SIGUSR1, SIGUSR2 or SIGXCPU some time
-# before they kill it. SIGBREAK is Ctrl-Break on Windows, which lacks some of the others.
-STOP_SIGNALS = (
-    "SIGINT",
-    "SIGTERM",
-    "SIGHUP",
-    "SIGQUIT",
-    "SIGUSR1",
-    "SIGUSR2",
-    "SIGXCPU",
-    "SIGBREAK",
-)
+from onenight.system.wording import first_line
 
 
 class Output:
@@ -76,45 +64,18 @@ def set_up_output(*names: str):
 
 
 def run_script(main):
-    """Call main(arguments) for a script. A UserError is printed to stderr; the exit status is 1."""
+    """Call main(arguments) for a script. A UserError, and that memory ran out where nothing can be
+    made smaller, is printed to stderr as a sentence; the exit status is 1."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(str(error))
+    except Exception as error:
+        from onenight.system.memory import is_out_of_memory  # imports torch
 
-
-class StopSignal:
-    """Catches the signals that ask a run to stop: STOP_SIGNALS, without those that were ignored
-    from the start, as nohup ignores SIGHUP.
-
-    `number` is that of the first signal, and None before it. A later Ctrl-C raises
-    KeyboardInterrupt.
-    """
-
-    def __init__(self):
-        self.number = None
-        for name in STOP_SIGNALS:
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.handle)
-
-    @property
-    def requested(self) -> bool:
-        return self.number is not None
-
-    @property
-    def exit_status(self) -> int:
-        """The exit status of a process that a signal has stopped, as shells report it; 0 if there
-        was none, because another process was asked to stop."""
-        return 128 + self.number if self.requested else 0
-
-    def handle(self, number: int, _frame):
-        """Record the request; the signal handler."""
-        if self.requested:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            return  # SIGXCPU comes every second
-        self.number = number
-        # Not print(), which the signal may have interrupted. The terminal may be gone.
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nsaving and stopping; press Ctrl-C again to stop without saving\n")
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(
+            f"out of memory ({first_line(error)}); close other programs that use much memory, on "
+            "the GPU too, or use a smaller model"
+        )

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from configurator import UserError
 
-RENAME_ATTEMPTS = 20
+# Windows does not rename a file that is open: for a virus scanner, or for sample.py, which takes
+# some seconds to read a checkpoint.
+RENAME_ATTEMPTS = 300
 RENAME_PAUSE_S = 0.1
 
 
@@ -31,7 +33,7 @@ def replacing(path: Path, mode: str = "wb", keep: Path | None = None):
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
-            os.replace(path, keep)
+            rename(path, keep)
         rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -45,7 +47,6 @@ def rename(source: Path, target: Path):
             os.replace(source, target)
             break
         except PermissionError:
-            # On Windows a virus scanner may have the file open for a moment.
             if os.name != "nt" or attempt == RENAME_ATTEMPTS:
                 raise
             time.sleep(RENAME_PAUSE_S)

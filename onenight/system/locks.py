@@ -11,6 +11,8 @@ import filelock
 from configurator import UserError
 from onenight.system.files import make_folder
 
+LOCK = "lock"  # the file in the folder, which exists while the lock is held, or after a kill
+
 
 @contextlib.contextmanager
 def lock_folder(folder: Path):
@@ -21,16 +23,12 @@ def lock_folder(folder: Path):
     the folder cannot be written to. On a disk without such locks it prints a warning and goes on.
     """
     make_folder(folder)
-    lock_file = folder / "lock"
+    lock_file = folder / LOCK
     holder_file = folder / "lock.txt"  # apart, because Windows does not let a locked file be read
     # A soft lock is a file that a killed process leaves behind, and that blocks every later run.
     lock = filelock.FileLock(lock_file, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
-        started = time.strftime("%Y-%m-%d %H:%M")
-        holder_file.write_text(
-            f"(process {os.getpid()} on {socket.gethostname()} since {started}) "
-        )
     except filelock.Timeout:
         holder = holder_file.read_text() if os.access(holder_file, os.R_OK) else ""
         raise UserError(
@@ -40,6 +38,12 @@ def lock_folder(folder: Path):
     except (OSError, NotImplementedError) as error:  # some network file systems have no locks
         reason = getattr(error, "strerror", error)
         print(f"{folder}: cannot be locked ({reason}); do not start a second run there")
+    if lock.is_locked:
+        started = time.strftime("%Y-%m-%d %H:%M")
+        with contextlib.suppress(OSError):  # a full disk
+            holder_file.write_text(
+                f"(process {os.getpid()} on {socket.gethostname()} since {started}) "
+            )
 
     try:
         yield

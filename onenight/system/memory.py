@@ -9,6 +9,7 @@ GB = 1e9
 # Bytes of a GPU's memory that tensors cannot use: the CUDA context and the allocator's
 # fragmentation. An assumption, not a measurement.
 RESERVE = 0.7 * GB
+WINDOWS_MARGIN = 0.5 * GB  # for other programs that need more while the run goes on
 
 # What the errors say that have no class of their own: some of CUDA's libraries', a CPU's, MPS's.
 OUT_OF_MEMORY_WORDS = (
@@ -23,10 +24,12 @@ OUT_OF_MEMORY_WORDS = (
 def usable_memory(device: torch.device, vram_limit_gb: float = 0.0) -> float:
     """Return how many bytes of GPU memory tensors may use.
 
-    That is the free memory, but at most the size of the card (or `vram_limit_gb`, if positive)
-    less RESERVE.
+    That is the free memory, less WINDOWS_MARGIN with Windows' driver, but at most the size of the
+    card (or `vram_limit_gb`, if positive) less RESERVE.
     """
     free, total = torch.cuda.mem_get_info(device)
+    if WINDOWS_GPU_DRIVER:
+        free -= WINDOWS_MARGIN
     size = min(total, vram_limit_gb * GB) if vram_limit_gb else total
     return min(free, size - RESERVE)
 
@@ -35,13 +38,12 @@ def limit_memory(vram_limit_gb: float, device: torch.device):
     """Limit the GPU memory of this process, as if the card had `vram_limit_gb`; 0: no limit.
 
     Windows' driver would move on to the computer's memory when the GPU's is full, and be many
-    times slower. With that driver there is always a limit: without `vram_limit_gb` it is 0.5 GB
-    less than is free now.
+    times slower. With that driver there is always a limit.
     """
     if device.type != "cuda" or not (vram_limit_gb or WINDOWS_GPU_DRIVER):
         return
-    free, total = torch.cuda.mem_get_info(device)
-    limit = usable_memory(device, vram_limit_gb) if vram_limit_gb else free - 0.5 * GB
+    _, total = torch.cuda.mem_get_info(device)
+    limit = usable_memory(device, vram_limit_gb)
     torch.cuda.set_per_process_memory_fraction(max(0.0, limit / total), device)
     print(f"memory: limited to {limit / GB:.1f} GB of the GPU's {total / GB:.1f}")
 

@@ -20,7 +20,7 @@ from model import GPT, to_autocast_dtype
 from onenight.system.console import quiet_torchao
 from onenight.system.wording import first_line
 
-TORCHAO = "torchao==0.18.0"  # tried on CPUs, and compiled for an RTX 4070
+TORCHAO = "torchao==0.18.0"  # tried on CPUs and an H200, and compiled for an RTX 4070
 # torchao divides by at least 1e-12, even if the scale is smaller; then the product is too small.
 # The scales of gradients are about 1e-10 with 262,144 tokens per iteration. Multiplied by those of
 # inputs, about 0.01, they would be near that limit. So the gradients of the weights are computed

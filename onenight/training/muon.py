@@ -9,6 +9,8 @@ from collections import defaultdict
 
 import torch
 
+from onenight.system.device import supports_bfloat16
+
 # torch.optim.Muon's coefficients and number of steps of the Newton-Schulz iteration.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -142,8 +144,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Return the matrices, (N, rows, columns), with all singular values near 1, in bfloat16."""
-    x = matrices.bfloat16()
+    """Return the matrices, (N, rows, columns), with all singular values near 1, in bfloat16, or in
+    float32 where that is faster."""
+    x = matrices.bfloat16() if supports_bfloat16(matrices.device) else matrices.float()
     is_tall = x.size(-2) > x.size(-1)
     if is_tall:
         x = x.mT

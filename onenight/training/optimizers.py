@@ -21,8 +21,8 @@ GROUPS = {
     "embedding": "embedding_lr",
     "head": "head_lr",
 }
-# Muon's mean displacement reaches back over about 1/32 of the schedule: in result 39 of
-# modded-nanogpt's track 3, over 100 of 3,150 iterations.
+# Muon's mean displacement reaches back over about 1/32 of the schedule's iterations: in result 39
+# of modded-nanogpt's track 3, over 100 of 3,150. A run with --hours has these, not its own number.
 DISPLACEMENTS_PER_SCHEDULE = 32
 # The settings that describe an optimizer, for the model card.
 SETTINGS = ("optimizer", *GROUPS.values(), "weight_decay", "beta1", "beta2")

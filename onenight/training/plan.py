@@ -16,7 +16,7 @@ from onenight.system.wording import duration
 from onenight.training.costs import INT8_SPEED, int8_gain, predict_memory, predict_seconds
 from onenight.training.schedule import describe_schedule, schedule_warnings
 from onenight.training.settings import TrainConfig, config_file_values
-from onenight.training.trainer import model_args
+from onenight.training.trainer import EVAL_TOKENS, model_args
 
 # The settings whose product is the number of tokens in an iteration.
 TOKENS_PER_ITER = ("gradient_accumulation_steps", "batch_size", "block_size")
@@ -61,8 +61,10 @@ def make_plan(config: TrainConfig, ceiling: Speed) -> Plan:
         model = GPT(GPTConfig(**model_args(config)))
     s_per_iter, speed = predict_time(model, config, ceiling)
     iters = config.max_iters
+    seconds = iters * s_per_iter
     if config.hours:
-        iters = max(1, int(config.hours * 3600 / s_per_iter))
+        seconds = config.hours * 3600
+        iters = max(1, int(seconds / s_per_iter_with_evaluations(s_per_iter, config)))
     return Plan(
         ceiling=ceiling.tflops,
         parameters=model.get_num_params(),
@@ -71,13 +73,21 @@ def make_plan(config: TrainConfig, ceiling: Speed) -> Plan:
         speed=speed,
         iters=iters,
         tokens=iters * config.tokens_per_iter,
-        seconds=iters * s_per_iter,
+        seconds=seconds,
         memory=predict_memory(model, config, config.batch_size),
         fits=judge_fit(config, model),
     )
 
 
-def print_plan(plan: Plan, config: TrainConfig, arguments: list[str]):
+def s_per_iter_with_evaluations(s_per_iter: float, config: TrainConfig) -> float:
+    """Return the mean seconds of an iteration with its part of the evaluations, in which a token of
+    either split takes a third of the time that it takes in training."""
+    eval_tokens = 2 * config.eval_iters * EVAL_TOKENS
+    eval_s = eval_tokens / config.tokens_per_iter * s_per_iter / 3
+    return s_per_iter + eval_s / config.eval_interval
+
+
+def print_plan(plan: Plan, config: TrainConfig, arguments: list[str], world_size: int):
     """Print a plan and the settings that it is for. `arguments`: the command line, for the
     warnings."""
     if not config.is_planned_elsewhere:
@@ -96,6 +106,8 @@ def print_plan(plan: Plan, config: TrainConfig, arguments: list[str]):
     print(f"fits: {plan.fits}")
     evaluation = "evaluation included" if config.hours else "plus evaluation"
     print(f"time: {duration(plan.seconds)} at {plan.speed}; {evaluation}")
+    if world_size > 1:
+        print(f"this plan is for one process; {world_size} processes share the windows")
     for warning in schedule_warnings(config) + recipe_warnings(config, arguments):
         print(f"warning: {warning}")
 

@@ -135,7 +135,7 @@ class Recovery:
         iter_num = self.trainer.progress.iter_num
         if self.out_dir is None or not has_checkpoint(self.out_dir):
             raise UserError(f"{problem} at iter {iter_num}, before any checkpoint; try {advice}")
-        checkpoint = load_latest(self.out_dir)
+        checkpoint = load_latest(self.out_dir, set_aside=True)
         if self.reloaded_iters[-MAX_RELOADS:] == [checkpoint["iter_num"]] * MAX_RELOADS:
             raise UserError(
                 f"{problem} again at iter {iter_num}; {self.out_dir / LATEST} is good: resume with "

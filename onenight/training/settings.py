@@ -123,7 +123,7 @@ class TrainConfig:
         "auto", "data type for computing; float16 uses loss scaling", choices=("auto", *DTYPES)
     )
     int8: bool = setting(
-        False, "int8 matrix products in the blocks: faster on an RTX 30 or newer; needs torchao"
+        False, "int8 matrix products in the blocks, for an RTX 30 or newer; needs torchao"
     )
     vram_limit_gb: float = setting(
         0.0, "limit GPU memory to that of a card with this many GB; 0: no limit", low=0
@@ -191,10 +191,14 @@ class TrainConfig:
         return self.windows_per_iter * self.block_size
 
     def with_shape_of(self, model_args: dict) -> "TrainConfig":
-        """Return these settings with the shape of a checkpoint. A smaller block_size is kept."""
+        """Return these settings with the shape of a checkpoint. A smaller block_size is kept.
+        Raises UserError if the other settings cannot have that shape."""
         shape = {name: model_args[name] for name in self.shape}
         shape["block_size"] = min(self.block_size, shape["block_size"])
-        return replace(self, **shape)
+        try:
+            return replace(self, **shape)
+        except ValueError as error:  # another setting does not suit this shape
+            raise UserError(f"{self.source}: {error}")
 
 
 def resolve(config: TrainConfig, device: str) -> TrainConfig:

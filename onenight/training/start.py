@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from configurator import UserError
-from onenight.models.checkpoint import has_checkpoint
+from onenight.models.checkpoint import has_checkpoint, load_latest
 from onenight.models.huggingface import resolve_checkpoint
 from onenight.system.distributed import Ranks
+from onenight.system.locks import LOCK, lock_folder
 from onenight.training.run import Run
 from onenight.training.settings import TrainConfig, config_file_values
 from onenight.training.trainer import Trainer
@@ -40,10 +41,21 @@ def refuse_to_overwrite(config: TrainConfig, out_dir: Path):
         )
 
 
+def refuse_second_run(config: TrainConfig, out_dir: Path):
+    """Raise UserError if another run is writing to out_dir. The run locks the folder later, but
+    until then it would already take memory from the other one on the GPU."""
+    writes = not (config.eval_only or config.plan)
+    if writes and (out_dir / LOCK).exists():
+        with lock_folder(out_dir):
+            pass
+
+
 def load_start(config: TrainConfig, out_dir: Path) -> dict | None:
     """Return the checkpoint that the run starts from; None from scratch."""
     if config.init_from == "scratch":
         return None
+    if config.init_from == "resume" and not config.eval_only and has_checkpoint(out_dir):
+        return load_latest(out_dir, set_aside=True)
     return resolve_checkpoint(config.init_from, out_dir)
 
 

@@ -143,7 +143,7 @@ def test_gpu_measures_every_part_without_a_gpu_and_a_failure_is_a_line(
     # On a CPU, a resumed run continues bit for bit.
     resumed = parts["resuming"]["losses after a stop, resumed"]
     assert resumed == {"loss_difference": 0, "iters": 10}
-    assert parts["sampling"]["8 samples, eager"]["share_of_bandwidth"] > 0
+    assert parts["sampling"]["8 samples, eager"]["share_of_copying_speed"] > 0
     compared = [name for name, figures in parts["switches"].items() if "gain" in figures]
     assert compared == [
         "residual stream in float32",
@@ -225,6 +225,10 @@ def test_gpu_computes_what_to_measure_next_from_the_figures_so_far(gpu, tmp_path
     card = MadeUpCard()
     monkeypatch.setattr(gpu.Bench, "run", card.run)
     bench = gpu.Bench(tmp_path, gpu.GpuConfig(peer="somewhere"))
+    bench.card["machine"] = "NVIDIA GeForce RTX 4070"
+    assert gpu.file_name(bench, "") == "gpu-nvidia-geforce-rtx-4070"
+    # The figures of a few parts do not replace those of all.
+    assert gpu.file_name(bench, "int8,card") == "gpu-nvidia-geforce-rtx-4070-int8-card"
     about = {"tiny": False, "machine": "a card", "torch": "", "commit": "", "date": ""}
     report = gpu.Report(tmp_path / "gpu.json", about)
     for part in gpu.PARTS:
@@ -257,7 +261,7 @@ def test_gpu_computes_what_to_measure_next_from_the_figures_so_far(gpu, tmp_path
     assert half["loss_difference"] == pytest.approx(0.019)
     assert half["differs_from"] == 1
 
-    assert parts["sampling"]["8 samples, compiled"]["share_of_bandwidth"] == 0.25
+    assert parts["sampling"]["8 samples, compiled"]["share_of_copying_speed"] == 0.25
 
     switches = parts["switches"]
     assert switches["residual stream in float32"]["gain"] == 0.5

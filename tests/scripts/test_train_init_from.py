@@ -223,6 +223,29 @@ def test_eval_only_takes_the_architecture_of_a_checkpoint(bins, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_eval_only_reads_a_checkpoint_of_an_early_nanogpt_without_bias(bins, tmp_path):
+    """Its models had biases, and no setting for them."""
+    assert train_here(bins, tmp_path / "run", max_iters=1, bias=True).returncode == 0
+    checkpoint = load(tmp_path / "run")
+    del checkpoint["model_args"]["bias"]
+    torch.save(checkpoint, tmp_path / "early.pt")
+    lines = []
+    for source in (tmp_path / "run" / "ckpt.pt", tmp_path / "early.pt"):
+        result = train_here(bins, tmp_path / "none", init_from=source, eval_only=True)
+        lines.append(last_line(result))
+    assert "val loss" in lines[0]
+    assert lines[1] == lines[0]
+
+
+def test_eval_only_refuses_a_shape_that_the_optimizers_settings_do_not_suit(bins, tmp_path):
+    settings = {"architecture": "qwen3", "n_head": 4, "max_iters": 1}
+    assert train_here(bins, tmp_path / "qwen3", **settings).returncode == 0
+    settings = {"optimizer": "muon", "embedding_lr": 0.1, "head_lr": 0.0}
+    source = tmp_path / "qwen3" / "ckpt.pt"
+    result = train_here(bins, tmp_path / "none", init_from=source, eval_only=True, **settings)
+    assert_one_sentence(result, "head_lr")
+
+
 def test_eval_only_reads_checkpoints_with_the_prefixes_and_masks_of_other_programs(bins, tmp_path):
     """DistributedDataParallel's and torch.compile's prefixes, and the masks of nanoGPT's first
     versions."""

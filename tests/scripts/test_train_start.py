@@ -1,5 +1,7 @@
 """What train.py does before its first iteration: device, torch.compile, torchrun's variables."""
 
+import re
+
 import pytest
 import torch
 from torch._inductor.exc import CppCompileError, InductorError
@@ -73,3 +75,12 @@ def test_a_speed_above_the_measured_ceiling_is_explained(bins, tmp_path, monkeyp
     result = train_here(bins, tmp_path, max_iters=4)
     assert result.returncode == 0, result.stderr
     assert "mfu unknown (the machine was busy when its speed was measured)" in result.stdout
+
+
+def test_int8_may_be_faster_than_the_ceiling_which_is_that_of_other_products(
+    bins, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("onenight.training.plan.measure_tflops", lambda device, dtype: 1e-9)
+    result = train_here(bins, tmp_path, max_iters=4, int8=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"mfu \d{3,}\.\d%", result.stdout)

@@ -1,5 +1,6 @@
 """onenight/models/checkpoint.py."""
 
+import errno
 import os
 import re
 from collections import namedtuple
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from configurator import UserError
+from helpers import read_files
 from model import GPT, GPTConfig
 from onenight.models.checkpoint import (
     build_model,
@@ -160,10 +162,42 @@ def test_the_previous_checkpoint_replaces_a_damaged_one(tmp_path, capsys):
     checkpoint."""
     save_two_checkpoints(tmp_path)
     (tmp_path / "ckpt.pt").write_bytes(b"PK rubbish")
-    assert load_latest(tmp_path)["iter_num"] == 1
+    assert load_latest(tmp_path, set_aside=True)["iter_num"] == 1
     assert f"loading {tmp_path / 'ckpt-previous.pt'} instead" in capsys.readouterr().out
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == ["ckpt-damaged.pt", "ckpt-previous.pt"]
+
+
+def test_a_reader_changes_nothing_in_the_folder(tmp_path):
+    """sample.py may read while a run writes."""
+    save_two_checkpoints(tmp_path)
+    (tmp_path / "ckpt.pt").write_bytes(b"PK rubbish")
+    before = read_files(tmp_path)
+    assert load_latest(tmp_path)["iter_num"] == 1
+    assert read_files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["permission", "memory"],
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(
+    error, tmp_path, monkeypatch
+):
+    save_two_checkpoints(tmp_path)
+    before = read_files(tmp_path)
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises((UserError, RuntimeError), match="allocate memory|Permission denied"):
+        load_latest(tmp_path, set_aside=True)
+    assert read_files(tmp_path) == before
 
 
 def test_a_run_with_only_the_previous_checkpoint_can_be_resumed(tmp_path):

@@ -6,9 +6,11 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from configurator import UserError
-from onenight.system.console import Output, StopSignal, run_script, set_up_output
+from onenight.system.console import Output, run_script, set_up_output
+from onenight.system.signals import StopSignal
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
 STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
@@ -107,6 +109,19 @@ def test_a_user_error_is_one_sentence_on_stderr_and_exit_status_1(monkeypatch):
         run_script(main)
     # Python prints a string to stderr, and exits with status 1.
     assert stop.value.code == "cannot read a.parquet"
+
+
+def test_out_of_memory_is_one_sentence_and_exit_status_1(monkeypatch):
+    def main(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nMore.")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == (
+        "out of memory (CUDA out of memory. Tried to allocate 3.00 GiB.); close other programs "
+        "that use much memory, on the GPU too, or use a smaller model"
+    )
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

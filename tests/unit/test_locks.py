@@ -27,6 +27,22 @@ def test_a_locked_folder_is_refused_and_the_message_names_the_holder(tmp_path):
         pass
 
 
+def test_without_room_for_the_name_of_the_holder_the_lock_still_holds(
+    tmp_path, monkeypatch, capsys
+):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("onenight.system.locks.Path.write_text", fail)
+    with (
+        lock_folder(tmp_path),
+        pytest.raises(UserError, match="another run is writing there"),
+        lock_folder(tmp_path),
+    ):
+        pass
+    assert capsys.readouterr().out == ""
+
+
 def test_the_lock_is_released_when_the_block_raises(tmp_path):
     with pytest.raises(ZeroDivisionError), lock_folder(tmp_path):
         1 / 0  # noqa: B018

@@ -39,8 +39,9 @@ def limits(monkeypatch):
     ids=["empty card", "card in use", "vram_limit_gb", "vram_limit_gb above the card's memory"],
 )
 def test_the_reserve_is_subtracted_from_the_size_of_the_card_but_not_from_the_free_memory(
-    card, free_gb, limit_gb, usable_gb
+    card, free_gb, limit_gb, usable_gb, monkeypatch
 ):
+    monkeypatch.setattr("onenight.system.memory.WINDOWS_GPU_DRIVER", False)
     card(free_gb)
     assert usable_memory(CUDA, limit_gb) == pytest.approx(usable_gb * 1e9)
 
@@ -61,6 +62,7 @@ def test_windows_driver_is_kept_from_using_the_computers_memory(card, limits, mo
     limit_memory(0.0, CUDA)
     assert limits == [pytest.approx(10.5 / 12)]
     assert "memory: limited to 10.5 GB of the GPU's 12.0" in capsys.readouterr().out
+    assert usable_memory(CUDA) == pytest.approx(10.5e9)  # which the plan goes by
 
 
 def test_a_cpu_has_no_limit_and_no_peak(limits):

@@ -22,6 +22,12 @@ LR = 0.02
 ROUNDING = 4 * 2**-8
 
 
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch):
+    """Multiply in bfloat16, as torch.optim.Muon does, on every machine."""
+    monkeypatch.setattr("onenight.training.muon.supports_bfloat16", lambda device: True)
+
+
 def make_weights(seed=0):
     """Return matrices of several shapes, mixed, as parameters."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,11 +86,17 @@ def test_every_matrix_of_a_deep_model_is_updated():
         assert (one - 1).abs().max() > LR / 10
 
 
-def test_orthogonal_makes_all_singular_values_alike_and_keeps_the_directions():
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_orthogonal_makes_all_singular_values_alike_and_keeps_the_directions(
+    has_bfloat16, monkeypatch
+):
+    monkeypatch.setattr("onenight.training.muon.supports_bfloat16", lambda device: has_bfloat16)
     for shape in {*SHAPES}:
         u, _, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
         matrix = u @ torch.diag(torch.linspace(0.1, 1, min(shape))) @ v
-        result = orthogonal(matrix).float()
+        result = orthogonal(matrix)
+        assert result.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
+        result = result.float()
         # Muon's author gives 0.7 to 1.2 for these coefficients; bfloat16 adds its rounding.
         values = torch.linalg.svdvals(result)
         assert values.min() > 0.6

@@ -269,6 +269,19 @@ def test_the_iterations_of_a_plan_follow_from_the_hours(bins):
     assert iterations[1] == pytest.approx(2 * iterations[0], abs=1)
 
 
+def test_a_plan_by_hours_has_time_for_the_evaluations(bins):
+    """With an evaluation of 3 iterations' tokens after each iteration, half of the hours are for
+    training: an evaluation takes a third of the time for its tokens."""
+    tokens = {"eval_iters": 1, "batch_size": 8, "block_size": 32}
+    tokens["gradient_accumulation_steps"] = 2 * 16384 // (8 * 32) // 3
+    iterations = []
+    for eval_interval in (1_000_000, 1):
+        changes = {"plan_tflops": 1.0, "hours": 1.0, "eval_interval": eval_interval, **tokens}
+        printed = plan(*(f for f in flags_of(bins, "unused", changes) if "max_iters" not in f))
+        iterations.append(int(re.search(r"([\d,]+) iterations", printed)[1].replace(",", "")))
+    assert iterations[1] == pytest.approx(iterations[0] / 2, rel=0.01)
+
+
 def test_the_epochs_of_a_plan_are_those_of_the_tokens(bins):
     printed = plan(*flags_of(bins, "unused", {"max_iters": 100}))
     assert f"{100 * 512 / 20_000:.2f} epochs of 20,000\n" in printed
