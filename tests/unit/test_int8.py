@@ -94,9 +94,20 @@ def test_evaluations_and_the_head_do_not_use_int8():
     assert other.state_dict().keys() == gpt.state_dict().keys()
 
 
-def test_a_cpu_is_told_that_it_is_slow(capsys):
-    check_int8(CPU)
-    assert "on a CPU, training is slower" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "device, name, is_slow",
+    [
+        ("cpu", "a CPU", True),
+        ("cuda", "NVIDIA H200", True),
+        ("cuda", "NVIDIA GeForce RTX 4070", False),
+    ],
+)
+def test_a_device_that_is_slow_in_int8_is_named(device, name, is_slow, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    check_int8(torch.device(device))
+    message = f"int8 is meant for GeForce cards: {name} is likely to be slower with it\n"
+    assert capsys.readouterr().out == (message if is_slow else "")
 
 
 def test_devices_and_formats_without_int8_are_refused(monkeypatch):
