@@ -12,7 +12,7 @@ the initial weights. It then trains for its part of the minutes, and the other a
 iterations; a slower arm takes longer. Starting and compiling are not part of the minutes: on an
 H100 they took 70 s for each form of the model, and 8 s where it had been compiled before.
 
-An iteration has 65,536 tokens, a quarter of the config's: the runs are short, and small batches
+An iteration has 65,536 tokens, an eighth of the config's: the runs are short, and small batches
 give them more iterations. The peak learning rates are scaled by the square root of that. Change the
 batch with --batch_size and --gradient_accumulation_steps. Any other setting of train.py changes all
 arms.
@@ -54,9 +54,9 @@ from onenight.training.trainer import Trainer
 # The arms in their order, and the settings in which they differ from the config. `plain` is Muon
 # without improvements, with nanochat's learning rates; `stack` is the config's recipe.
 PLAIN = {
-    "learning_rate": 0.014,
-    "embedding_lr": 0.2,
-    "head_lr": 0.0055,
+    "learning_rate": 0.02,
+    "embedding_lr": 0.28,
+    "head_lr": 0.0078,
     "weight_decay": 0.05,
     "warmdown": 0.7,
 }
@@ -74,7 +74,7 @@ ARMS = {
     "stack-int8": {**STACK, "int8": True},
     "stack-float32-residual": {**STACK, "float32_stream": True},
 }
-REFERENCE_TOKENS = 262_144  # an iteration of the config, for which the rates are given
+REFERENCE_TOKENS = 524_288  # an iteration of the config, for which the rates are given
 
 CONFIG = "config/train_fineweb_4070_fast.py"
 DEFAULTS = {"batch_size": 32, "gradient_accumulation_steps": 2, "warmup": 0.01, "eval_iters": 32}

@@ -135,7 +135,7 @@ def test_the_summary_is_printed_as_key_value_lines(prepared):
         assert 50 < int(summary["peak_memory_mb"]) < 800
     for config, per_iter, total in (
         ("train_fineweb_4070.py", "524,288", "3.15"),
-        ("train_fineweb_4070_fast.py", "262,144", "1.70"),
+        ("train_fineweb_4070_fast.py", "524,288", "1.70"),
     ):
         line = f"{config}: {per_iter} tokens per iteration, .* are {total} billion tokens, "
         assert re.search(line, result.stdout)

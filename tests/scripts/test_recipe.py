@@ -166,9 +166,9 @@ def test_the_arms_are_trained_to_the_same_length_and_compared(compare, tmp_path)
         assert tokens == tuple(range(2048, 8 * 2048 + 1, 2048))
         assert losses[-1] < losses[0]
         assert figures["tokens_per_s"] > 0
-    rate = 0.014 * math.sqrt(2048 / 262_144)
+    rate = 0.02 * math.sqrt(2048 / 524_288)
     assert arms["plain"]["learning_rates"]["learning_rate"] == pytest.approx(rate)
-    rate = 0.5 * math.sqrt(2048 / 262_144)
+    rate = 0.7 * math.sqrt(2048 / 524_288)
     assert arms["stack"]["learning_rates"]["embedding_lr"] == pytest.approx(rate)
 
     plain, stack = [arms[name]["val_loss"][-1][1] for name in ("plain", "stack")]
