@@ -107,7 +107,7 @@ def draw(runs: list[dict], path: Path):
     """Draw the val loss of each run against tokens."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     axes = figure.subplots()
-    axes.set_prop_cycle(color=colormaps["tab20"].colors)
+    axes.set_prop_cycle(color=colormaps["tab20"].colors + colormaps["tab20b"].colors)
     for run in sorted(runs, key=final_loss):
         million_tokens = [tokens / 1e6 for tokens, _ in run["val_loss"]]
         losses = [loss for _, loss in run["val_loss"]]
