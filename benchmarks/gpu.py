@@ -10,9 +10,9 @@ memory, resuming, sampling, and the gain of some switches. It trains on random i
 folder and does not touch data/ and out*/. Each measurement runs in a process of its own: if one
 fails, it is a line in the table, and the others still run. The most important parts come first, and
 parts that do not fit into --minutes are listed. After each measurement it writes
-benchmarks/results/gpu-<name of the card>.json, and the table beside it as .md. Without a GPU the
-same parts run with tiny models, which shows only that they work. What a part measures is in
-gpu_parts.py, and a measurement in gpu_measure.py.
+benchmarks/results/gpu-<name of the card>.json (with --parts, their names follow), and the table
+beside it as .md. Without a GPU the same parts run with tiny models, which shows only that they
+work. What a part measures is in gpu_parts.py, and a measurement in gpu_measure.py.
 """
 
 import re

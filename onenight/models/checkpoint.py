@@ -130,8 +130,8 @@ def load_checkpoint(path: Path) -> dict:
 def read_file(path: Path):
     """Return what torch.load reads from the file, without running code that it may contain.
 
-    Raises UserError if it is missing, damaged, or holds other objects than plain values and
-    tensors.
+    Raises UnusableCheckpoint if it is missing or damaged, and UserError if it may not be read or
+    holds other objects than plain values and tensors. Passes on that memory ran out.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

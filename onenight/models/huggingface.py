@@ -22,17 +22,17 @@ from onenight.system.files import rename
 from onenight.system.wording import first_line, looked_in
 
 
-def resolve_checkpoint(init_from: str, out_dir: Path) -> dict:
+def resolve_checkpoint(init_from: str, out_dir: Path, set_aside: bool = False) -> dict:
     """Return the checkpoint that init_from refers to.
 
     'resume' is the latest of out_dir, a name that ends in .pt is a file, and any other is a Hugging
     Face folder or the name of a repository on the hub. Only `model` and `model_args` are always in
-    it. Raises UserError if it cannot be read.
+    it. `set_aside`: see load_latest(). Raises UserError if it cannot be read.
     """
     if init_from == "resume":
         if (out_dir / "config.json").is_file() and not has_checkpoint(out_dir):
             raise UserError(f"{out_dir}: is a Hugging Face folder; write --init_from={out_dir}")
-        return load_latest(out_dir)
+        return load_latest(out_dir, set_aside)
     if init_from.endswith(".pt"):
         return load_checkpoint(Path(init_from))
     refuse_other_paths(Path(init_from))

@@ -14,7 +14,7 @@ from onenight.system.limits import available_memory, container_memory
 from onenight.system.memory import GB, RESERVE, usable_memory
 from onenight.system.wording import duration
 from onenight.training.costs import INT8_SPEED, int8_gain, predict_memory, predict_seconds
-from onenight.training.schedule import describe_schedule, schedule_warnings
+from onenight.training.schedule import describe_schedule, expected_eval_s, schedule_warnings
 from onenight.training.settings import TrainConfig, config_file_values
 from onenight.training.trainer import EVAL_TOKENS, model_args
 
@@ -64,7 +64,8 @@ def make_plan(config: TrainConfig, ceiling: Speed) -> Plan:
     seconds = iters * s_per_iter
     if config.hours:
         seconds = config.hours * 3600
-        iters = max(1, int(seconds / s_per_iter_with_evaluations(s_per_iter, config)))
+        eval_s = expected_eval_s(config, 2 * config.eval_iters * EVAL_TOKENS, s_per_iter)
+        iters = max(1, int(seconds / (s_per_iter + eval_s / config.eval_interval)))
     return Plan(
         ceiling=ceiling.tflops,
         parameters=model.get_num_params(),
@@ -79,17 +80,9 @@ def make_plan(config: TrainConfig, ceiling: Speed) -> Plan:
     )
 
 
-def s_per_iter_with_evaluations(s_per_iter: float, config: TrainConfig) -> float:
-    """Return the mean seconds of an iteration with its part of the evaluations, in which a token of
-    either split takes a third of the time that it takes in training."""
-    eval_tokens = 2 * config.eval_iters * EVAL_TOKENS
-    eval_s = eval_tokens / config.tokens_per_iter * s_per_iter / 3
-    return s_per_iter + eval_s / config.eval_interval
-
-
 def print_plan(plan: Plan, config: TrainConfig, arguments: list[str], world_size: int):
     """Print a plan and the settings that it is for. `arguments`: the command line, for the
-    warnings."""
+    warnings. `world_size`: the processes of the run."""
     if not config.is_planned_elsewhere:
         print(f"device: {describe_device(config)}")
     print(

@@ -160,6 +160,12 @@ def lr_multiplier_at(config: TrainConfig, place: float, group: str = "") -> floa
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, decayed)))
 
 
+def expected_eval_s(config: TrainConfig, eval_tokens: int, s_per_iter: float) -> float:
+    """Return the seconds that an evaluation is expected to take at most: a third of what training
+    on as many tokens takes."""
+    return eval_tokens / config.tokens_per_iter * s_per_iter / 3
+
+
 class Schedule:
     """Decides when a run ends and which learning rate each iteration has. `eval_tokens`: the tokens
     of an evaluation. The methods take the run's Progress, which only advance() changes."""
@@ -230,9 +236,8 @@ class Schedule:
         s_per_iter = self.clock.s_per_iter()
         eval_s = self.clock.eval_s
         if self.clock.evals < 2:
-            # Not known yet after a resume, and the first one also compiles: it takes at most a
-            # third as long as training on as many tokens.
-            expected_s = self.eval_tokens / self.config.tokens_per_iter * s_per_iter / 3
+            # Not known yet after a resume, and the first one also compiles.
+            expected_s = expected_eval_s(self.config, self.eval_tokens, s_per_iter)
             eval_s = min(eval_s, expected_s) if self.clock.evals else expected_s
         evals = self.evaluations_within(progress, iters)
         seconds = iters * s_per_iter + evals * eval_s

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from configurator import UserError
-from onenight.models.checkpoint import has_checkpoint, load_latest
+from onenight.models.checkpoint import has_checkpoint
 from onenight.models.huggingface import resolve_checkpoint
 from onenight.system.distributed import Ranks
 from onenight.system.locks import LOCK, lock_folder
@@ -54,9 +54,7 @@ def load_start(config: TrainConfig, out_dir: Path) -> dict | None:
     """Return the checkpoint that the run starts from; None from scratch."""
     if config.init_from == "scratch":
         return None
-    if config.init_from == "resume" and not config.eval_only and has_checkpoint(out_dir):
-        return load_latest(out_dir, set_aside=True)
-    return resolve_checkpoint(config.init_from, out_dir)
+    return resolve_checkpoint(config.init_from, out_dir, set_aside=not config.eval_only)
 
 
 def resume(trainer: Trainer, checkpoint: dict):
