@@ -33,7 +33,7 @@ def replacing(path: Path, mode: str = "wb", keep: Path | None = None):
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
-            rename(path, keep)
+            replace_patiently(path, keep)
         rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -42,15 +42,7 @@ def replacing(path: Path, mode: str = "wb", keep: Path | None = None):
 
 def rename(source: Path, target: Path):
     """Rename a file or folder, replacing `target`, so that the new name survives a power cut."""
-    for attempt in range(1, RENAME_ATTEMPTS + 1):
-        try:
-            os.replace(source, target)
-            break
-        except PermissionError:
-            if os.name != "nt" or attempt == RENAME_ATTEMPTS:
-                raise
-            time.sleep(RENAME_PAUSE_S)
-
+    replace_patiently(source, target)
     # The name is on disk once the folder is flushed. Windows cannot open a folder, and does not
     # need the flush.
     if os.name == "posix":
@@ -59,6 +51,19 @@ def rename(source: Path, target: Path):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def replace_patiently(source: Path, target: Path):
+    """Rename a file or folder, replacing `target`; on Windows, wait for programs that have it
+    open."""
+    for attempt in range(1, RENAME_ATTEMPTS + 1):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if os.name != "nt" or attempt == RENAME_ATTEMPTS:
+                raise
+            time.sleep(RENAME_PAUSE_S)
 
 
 def make_folder(path: Path):
