@@ -8,12 +8,7 @@ packages, its docstrings, as help() would show them. Files are parsed, never imp
 are FineWeb's.
 """
 
-try:
-    import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"{error}: keep this script next to onenight/, and run it without -P, -I or PYTHONSAFEPATH"
-    ) from None
+from onenight.startup import run_script
 
 import ast
 import hashlib
@@ -28,9 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configurator import configure, setting
-from onenight.data.tokenizer import encode_document
-from onenight.system.console import run_script, set_up_output
-from onenight.system.files import make_folder, replacing
+from onenight.process import make_folder, replacing
+from onenight.tokenizer import encode_document
 
 TARGET = Path("data/demo/train/docs.parquet")
 MIN_CHARACTERS = 500  # of a module's docstrings; shorter modules are skipped
@@ -47,8 +41,7 @@ class DemoConfig:
 
 
 def main(arguments: list[str]):
-    set_up_output("stdout", "stderr")
-    config = configure(DemoConfig, arguments, __doc__)
+    config, _ = configure(DemoConfig, arguments, __doc__)
     make_folder(TARGET.parent)
 
     print("reading the docstrings of this Python installation")
@@ -104,8 +97,7 @@ def read_modules(root: Path) -> Iterator[tuple[str, str]]:
         parts = path.relative_to(root).with_suffix("").parts
         if not SKIPPED_FOLDERS.isdisjoint(parts):
             continue
-        # Preparing takes NUL characters, which some docstrings have, for a wrong encoding.
-        text = "\n\n".join(docstrings(path)).replace("\0", "")
+        text = "\n\n".join(docstrings(path))
         if len(text) >= MIN_CHARACTERS:
             yield ".".join(parts).removesuffix(".__init__"), text
 

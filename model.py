@@ -43,14 +43,7 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            smaller = [n for n in divisors if n < self.n_head]
-            larger = [n for n in divisors if n > self.n_head]
-            nearest = smaller[-1:] + larger[:1]
-            raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                f"use n_head={' or '.join(map(str, nearest))}"
-            )
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.architecture not in ARCHITECTURES:
             raise ValueError(
                 f"architecture must be {' or '.join(ARCHITECTURES)}, not {self.architecture}"

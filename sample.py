@@ -10,16 +10,10 @@ Generate text with a trained model.
 The text goes to stdout, everything else to stderr.
 """
 
-try:
-    import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"{error}: keep this script next to onenight/, and run it without -P, -I or PYTHONSAFEPATH"
-    ) from None
+from onenight.startup import run_script
 
 import codecs
 import contextlib
-import functools
 import os
 import re
 import sys
@@ -30,16 +24,15 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, configure, setting
+from configurator import configure, setting
 from model import GPT
-from onenight.data.tokenizer import EOT, EOT_TEXT, encode_document
-from onenight.models.checkpoint import build_model, newest_run
-from onenight.models.generate import Sampling, draw_uniforms, generate, pack_matrices
-from onenight.models.huggingface import resolve_checkpoint
-from onenight.models.sample_printer import SamplePrinter
-from onenight.system.console import run_script, set_up_output
-from onenight.system.device import DTYPES, compile_if_possible, set_up_device
-from onenight.system.memory import is_out_of_memory
+from onenight.checkpoint import build_model, load_start, newest_run
+from onenight.device import DTYPES, compile_model, set_up_device
+from onenight.errors import UserError
+from onenight.generate import Sampling, generate
+from onenight.tokenizer import EOT, EOT_TEXT, encode_document, get_encoding
+
+SEPARATOR = "\n---------------\n"
 
 
 @dataclass
@@ -51,7 +44,7 @@ class SampleConfig(Sampling):
         path=True,
     )
     out_dir: str = setting(
-        "", "folder of the ckpt.pt to sample from; '': the newest out*/ here", folder=True
+        "", "folder of the ckpt.pt to sample from; '': the newest out*/ here", path=True
     )
     # what to generate
     start: str = setting(
@@ -72,12 +65,10 @@ class SampleConfig(Sampling):
 
 
 def main(arguments: list[str]):
-    set_up_output("stderr")
-    set_up_text_streams()
-    config = configure(SampleConfig, arguments, __doc__)
-    n_samples = 1 if config.interactive else config.num_samples
+    use_utf8()
+    config, _ = configure(SampleConfig, arguments, __doc__)
 
-    # the model; what its loading prints must not mix with the text
+    # The model; what its loading prints must not mix with the text
     with contextlib.redirect_stdout(sys.stderr):
         device, dtype, compiled = set_up_device(config.device, config.dtype, config.compile)
         model = load_model(config, dtype).to(device)
@@ -85,39 +76,38 @@ def main(arguments: list[str]):
         if compiled:
             # On a GPU, CUDA graphs need one launch per token instead of hundreds.
             torch._inductor.config.triton.cudagraphs = True
-            step = compile_if_possible(model)
-        elif device.type == "cpu":
-            pack_matrices(model, n_samples)
+            step = compile_model(model)
 
-    # the samples; each interactive prompt has the next number, and so other random numbers
+    # The samples; each interactive prompt has other random numbers
     try:
         for number, prompt in enumerate(read_prompts(config)):
-            samples = range(number, number + n_samples)
-            write_samples(model, step, config, dtype, prompt, samples)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+            write_samples(model, step, config, dtype, prompt, config.seed + number)
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         raise UserError(f"the text cannot be written: {error.strerror}")
 
 
-def set_up_text_streams():
-    """Make stdin and stdout accept any text, whatever their encoding."""
-    if sys.stdin is None:  # closed by the program that started this one
-        sys.stdin = open(os.devnull)
+def use_utf8():
+    """Make stdin and stdout UTF-8, whatever the locale, unless they are a terminal, which shows
+    characters of its own encoding."""
+    sys.stdin = sys.stdin or open(os.devnull)  # None if it was closed when the process started
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):  # not in a notebook
-            stream.reconfigure(errors="replace")
+        encoding = stream.encoding if stream.isatty() else "utf-8"
+        stream.reconfigure(encoding=encoding, errors="replace")
 
 
 def load_model(config: SampleConfig, dtype: str) -> GPT:
     """Return the model that the config refers to. Raises UserError if it cannot be loaded."""
-    if config.init_from == "resume":
+    name = config.init_from
+    if name == "resume":
         name = config.out_dir or newest_run()
-    else:
-        name = config.init_from
-    return build_model(resolve_checkpoint(config.init_from, Path(name)), name, dtype)
+    return build_model(load_start(config.init_from, Path(name)), name, dtype)
+
+
+# -----------------------------------------------------------------------------
+# Prompts
 
 
 def read_prompts(config: SampleConfig) -> Iterator[str]:
@@ -127,32 +117,22 @@ def read_prompts(config: SampleConfig) -> Iterator[str]:
         return
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            yield input("> " if sys.stdin.isatty() else "")
         except EOFError:  # Ctrl-D, or the end of a file
             return
-        yield line
 
 
 def read_prompt(start: str) -> str:
-    """Return the prompt that --start refers to. Bytes that are not UTF-8 become U+FFFD. Raises
-    UserError if it cannot be read, or is the name of a file."""
-    if os.path.isfile(os.path.expanduser(start)):
-        raise UserError(
-            f"--start={start} is a file; write --start=FILE:{start} to use its content as the "
-            "prompt, or --start=- to give the prompt on standard input"
-        )
-    name = start.removeprefix("FILE:")
+    """Return the prompt that --start refers to. Raises UserError if it cannot be read."""
+    if start == "-":
+        return sys.stdin.read()
+    if not start.startswith("FILE:"):
+        return unescape(start)
+    path = Path(start.removeprefix("FILE:")).expanduser()
     try:
-        if start == "-":
-            content = sys.stdin.buffer.read()
-        elif start.startswith("FILE:"):
-            content = Path(os.path.expanduser(name)).read_bytes()
-        else:
-            content = os.fsencode(start)
+        content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{name}: the prompt cannot be read ({error})") from None
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{name}: the prompt is in UTF-16; save it as UTF-8")
+        raise UserError(f"{path}: the prompt cannot be read ({error.strerror})")
     return content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
@@ -174,41 +154,37 @@ def encode_prompt(prompt: str) -> list[int]:
     return ids or [EOT]
 
 
-def write_samples(model: GPT, step, config: SampleConfig, dtype: str, prompt: str, samples: range):
-    """Print the samples of one prompt, as many at once as fit in memory. Raises UserError if not
-    even one does."""
+# -----------------------------------------------------------------------------
+# Samples
+
+
+def write_samples(model: GPT, step, config: SampleConfig, dtype: str, prompt: str, seed: int):
+    """Print the samples of one prompt, each followed by a line of dashes: the first one token by
+    token, the others when it is complete."""
     ids = encode_prompt(prompt)
     block_size = model.config.block_size
     if len(ids) + config.max_new_tokens > block_size:
-        print_once(
+        print(
             f"the model's context is {block_size} tokens; each time it is full, "
-            f"generation continues from the last {max(1, block_size // 2)}"
+            f"generation continues from the last {max(1, block_size // 2)}",
+            file=sys.stderr,
         )
+    n_samples = 1 if config.interactive else config.num_samples
+    samples = [Sample(prompt, config.stop, unescape(config.stop_at)) for _ in range(n_samples)]
 
-    printer = SamplePrinter(prompt, samples.start, unescape(config.stop_at))
     started = time.perf_counter()
     n_tokens = 0
-    n_done = 0
-    at_once = len(samples)
-    while n_done < len(samples):
-        batch = samples[n_done : n_done + at_once]
-        try:
-            uniforms = draw_uniforms(config.seed, batch, config.max_new_tokens)
-            tokens = generate(model, ids, uniforms, config, dtype, step)
-            n_tokens += printer.print_samples(tokens, batch, config.stop)
-            n_done += len(batch)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                raise UserError(
-                    "out of memory with a single sample; use a smaller --max_new_tokens or prompt"
-                )
-            at_once = len(batch) // 2
-            print(
-                f"out of memory with {len(batch)} samples at once: continuing with {at_once}",
-                file=sys.stderr,
-            )
+    n_printed = 0  # samples that are complete and printed
+    for tokens in generate(model, ids, n_samples, config.max_new_tokens, config, seed, dtype, step):
+        n_tokens += sum(not sample.is_complete for sample in samples)
+        for sample, token in zip(samples, tokens):
+            sample.add(token)
+        n_printed = print_samples(samples, n_printed)
+        if n_printed == n_samples:
+            break
+    for sample in samples:
+        sample.is_complete = True
+    print_samples(samples, n_printed)
     seconds = time.perf_counter() - started
     print(
         f"{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.1f} tokens/s",
@@ -216,10 +192,58 @@ def write_samples(model: GPT, step, config: SampleConfig, dtype: str, prompt: st
     )
 
 
-@functools.cache
-def print_once(message: str):
-    print(message, file=sys.stderr)
+def print_samples(samples: list["Sample"], n_printed: int) -> int:
+    """Print what is new in the first sample that is not complete, after those before it. Return how
+    many samples are complete and printed."""
+    for sample in samples[n_printed:]:
+        print(sample.take(), end="", flush=True)
+        if not sample.is_complete:
+            break
+        print(SEPARATOR, end="", flush=True)
+        n_printed += 1
+    return n_printed
+
+
+class Sample:
+    """The text of a sample while it grows. It ends at end-of-text, with `stop`, and before the
+    first `stop_at` in what the model adds to the prompt, if that is not empty."""
+
+    def __init__(self, prompt: str, stop: bool, stop_at: str):
+        self.text = bytearray(prompt.encode(errors="replace"))
+        self.stop = stop
+        self.stop_at = stop_at.encode()
+        self.is_complete = False
+        self.searched = len(self.text)  # bytes that have no stop_at after the prompt
+        self.taken = 0  # bytes that take() has returned
+        # Holds back the bytes of an incomplete character.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int):
+        """Add a token, unless the sample is complete."""
+        if self.is_complete:
+            return
+        if self.stop and token == EOT:
+            self.is_complete = True
+            return
+        self.text += get_encoding().decode_single_token_bytes(token)
+        if self.stop_at:
+            found = self.text.find(self.stop_at, self.searched)
+            if found >= 0:
+                del self.text[found:]
+                self.is_complete = True
+            # The end may be the beginning of stop_at.
+            self.searched = max(self.searched, len(self.text) - len(self.stop_at) + 1)
+
+    def take(self) -> str:
+        """Return what can be printed since the last call: of a sample that grows, not the end that
+        may become stop_at."""
+        end = len(self.text)
+        if self.stop_at and not self.is_complete:
+            end = max(self.taken, self.searched)
+        new = self.text[self.taken : end]
+        self.taken = end
+        return self.decoder.decode(new, final=self.is_complete)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, outputs=["stderr"])  # text that cannot be written ends the script

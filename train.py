@@ -13,131 +13,196 @@ to out_dir. Ctrl-C and, except on Windows, closing the terminal and signals such
 SIGUSR1 save a checkpoint and stop.
 """
 
-try:
-    import onenight.startup  # isort: skip  (first: see there)  # noqa: F401
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"{error}: keep this script next to onenight/, and run it without -P, -I or PYTHONSAFEPATH"
-    ) from None
+from onenight.startup import run_script
 
-import math
+import contextlib
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from configurator import configure
-from onenight.models.checkpoint import (
+from onenight.checkpoint import (
     BEST,
     LATEST,
-    PREVIOUS,
-    how_to_resume,
+    changed_settings,
+    check_folder,
+    check_space,
+    choose_start,
+    load_checkpoint,
+    load_start,
     save_checkpoint,
 )
-from onenight.system.console import run_script, set_up_output
-from onenight.system.device import autocast
-from onenight.system.distributed import Ranks, start_ranks
-from onenight.system.locks import lock_folder
-from onenight.system.memory import peak_memory_gb
-from onenight.system.signals import StopSignal
-from onenight.system.wording import duration
-from onenight.training.clock import Clock, awake_seconds
-from onenight.training.optimizers import learning_rates
-from onenight.training.page import write_page
-from onenight.training.plan import make_plan, measure_ceiling, print_plan
-from onenight.training.run import Run
-from onenight.training.schedule import fit_to_max_iters
-from onenight.training.settings import TrainConfig, resolve
-from onenight.training.start import (
-    choose_start,
-    describe_resume,
-    how_to_extend,
-    load_start,
-    refuse_second_run,
-    refuse_to_overwrite,
-    resume,
-)
-from onenight.training.trainer import StopRequested, Trainer
+from onenight.device import free_memory, peak_memory_gb, set_up_device
+from onenight.distributed import Ranks, start_ranks
+from onenight.errors import UserError, first_line
+from onenight.int8 import resolve_int8
+from onenight.optim import learning_rates, set_rates, state_numbers
+from onenight.page import write_page
+from onenight.plan import Plan, make_plan, measure, print_card_plan, print_outline, print_plan
+from onenight.process import StopSignal, lock_folder
+from onenight.records import Records
+from onenight.schedule import LOG_S, RETRY_S, SAVE_S, Clock
+from onenight.settings import TrainConfig, resolve
+from onenight.trainer import StopRequested, Trainer
+from onenight.wording import duration
+
+SLOW_EVAL_S = 30  # a slower evaluation is announced
+GIVE_UP_S = 3600  # how long a finished run keeps trying to save
+# The run's speed is compared with the plan after this part of it, and at least these iterations.
+EARLY = 0.01
+EARLY_ITERS = 10
+MAX_SLOWDOWN = 1.1  # smaller differences are not reported
 
 
-def main(arguments: list[str], now=awake_seconds):
-    clock = Clock(now)
-    set_up_output("stdout", "stderr")
-    config = configure(TrainConfig, arguments, __doc__)
-    out_dir = Path(config.out_dir)
+@dataclass
+class Run:
+    """A run in its folder. Only the first process has records, and writes files."""
 
-    # What the run starts from
+    trainer: Trainer
+    clock: Clock
+    plan: Plan
+    out_dir: Path
+    records: Records | None = None
+    reloaded_iter: int | None = None  # the iteration of the checkpoint that was reloaded last
+    is_compared: bool = False  # whether its speed was compared with the plan
+
+
+def main(arguments: list[str]):
+    # The settings
+    config, replaced = configure(TrainConfig, arguments, __doc__)
+    if config.plan_card:
+        print_card_plan(resolve(config, torch.device("cuda"), "bfloat16", True, world_size=1))
+        return
     ranks = Ranks()
     device = config.device
     if not config.plan:
         ranks, device = start_ranks(config.device)
-    config = choose_start(config, arguments, ranks)
-    refuse_to_overwrite(config, out_dir)
-    if ranks.is_first:
-        refuse_second_run(config, out_dir)
-    checkpoint = None
-    if not config.plan:
-        checkpoint = load_start(config, out_dir)
+    clock = Clock(config, ranks)
+    config = choose_start(config, replaced, ranks)
 
-    # What it will really use, and what it will take
-    if config.eval_only and checkpoint:
-        config = config.with_shape_of(checkpoint["model_args"])
-    config = resolve(config, device)
-    config = fit_to_max_iters(config, arguments)
-    plan = make_plan(config, measure_ceiling(config))
-    print_plan(plan, config, arguments, ranks.world_size)
-    if config.plan:
-        return
+    # The folder, locked as long as the run may write there
+    out_dir = Path(config.out_dir)
+    lock = contextlib.ExitStack()
+    if not (config.plan or config.eval_only):
+        check_folder(config)
+        if ranks.is_first:
+            lock.enter_context(lock_folder(out_dir))
 
-    # The model, from its first iteration or from where it was
-    trainer = Trainer(config, ranks, checkpoint)
-    if config.init_from == "resume":
-        resume(trainer, checkpoint)
-        clock.earlier_s = trainer.progress.elapsed_s
-    elif checkpoint:
-        print(f"starting from {config.init_from}")
-    del checkpoint  # it takes as much memory as the run itself
+    with lock:
+        # What the run starts from, and the settings as they are on this machine
+        checkpoint = None
+        if not config.plan and config.init_from != "scratch":
+            checkpoint = load_start(config.init_from, out_dir)
+        config = settings_here(config, checkpoint, device, ranks)
 
-    # The training
-    run = Run(trainer, clock, plan, out_dir)
-    if config.init_from == "resume":
-        print(describe_resume(run))
-    if config.eval_only:
-        evaluate(run)
-    elif run.is_finished():
-        print(f"this run is finished (iter {run.progress.iter_num:,}); {how_to_extend(config)}")
-    else:
-        with run.lock as lock:
-            if ranks.is_first:
-                lock.enter_context(lock_folder(out_dir))
+        # The model, and the plan
+        stop = StopSignal()
+        trainer = Trainer(config, ranks, stop, checkpoint)
+        if not config.plan:
+            trainer.open_data()
+        plan = plan_run(trainer, clock)
+        if config.plan:
+            return
+
+        # The training
+        run = Run(trainer, clock, plan, out_dir)
+        if config.init_from == "resume":
+            resume(run, checkpoint)
+        del checkpoint  # it takes as much of the CPU's memory as weights and optimizers
+        if config.eval_only:
+            evaluate(run)
+        elif clock.fraction(trainer.progress.iter_num) >= 1 and not evaluation_is_due(run, True):
+            print("this run is finished; to extend it, raise --max_iters (or --hours)")
+        else:
+            stop.listen()
             train_until_stopped(run)
     ranks.stop()
+
+
+def settings_here(
+    config: TrainConfig, checkpoint: dict | None, device: str, ranks: Ranks
+) -> TrainConfig:
+    """Return the settings that the run really uses on this machine. The model has the shape of the
+    checkpoint that the run starts from; Trainer refuses another one for a run that is resumed."""
+    earlier_int8 = None
+    if checkpoint and config.init_from == "resume":
+        earlier_int8 = checkpoint.get("config", {}).get("int8")
+    if checkpoint:
+        config = config.with_shape_of(checkpoint["model_args"])
+    here = set_up_device(device, config.dtype, config.compile)
+    config = resolve(config, *here, ranks.world_size)
+    return replace(config, int8=resolve_int8(config.int8, here[0], earlier_int8))
+
+
+def plan_run(trainer: Trainer, clock: Clock) -> Plan | None:
+    """Print and return what the run will take; None if it only evaluates."""
+    config = trainer.config
+    name = config.device
+    if trainer.device.type == "cuda":
+        name = torch.cuda.get_device_name(trainer.device)
+    print(f"device: {name}, {config.dtype}{', compiled' if config.compile else ''}")
+    if config.eval_only:
+        return None
+    print_outline(trainer.model, config, free_memory(trainer.device, config.vram_limit_gb), name)
+    speed = measure(trainer)
+    plan = make_plan(trainer, speed, clock.elapsed())
+    print_plan(trainer, plan)
+    clock.eval_s = plan.eval_s
+    return plan
+
+
+def resume(run: Run, checkpoint: dict):
+    """Continue from the checkpoint, and print which settings have changed. Raises UserError if
+    train.bin has changed."""
+    trainer = run.trainer
+    config = trainer.config
+    if checkpoint.get("data", trainer.data) != trainer.data:
+        if not config.allow_new_data:
+            raise UserError(
+                f"{config.data_dir}: train.bin is not the one that this run began with; restore "
+                "it, or continue with the new one: --allow_new_data"
+            )
+        checkpoint["position"] = 0
+    trainer.restore(checkpoint)
+    progress = trainer.progress
+    run.clock.earlier_s = progress.elapsed_s
+    run.clock.begun_s = progress.begun_s
+    for line in changed_settings(config, checkpoint):
+        print(line)
+    best = f"best val loss {progress.best_val_loss:.4f}"
+    print(f"resuming at iter {progress.iter_num:,}, {best}")
+
+
+# -----------------------------------------------------------------------------
+# The training
 
 
 def train_until_stopped(run: Run):
     """Train, and print how the run ended. The exit status of a run that a signal has stopped is 128
     plus the signal's number."""
-    run.open_outputs()
-    stop = StopSignal()
-    run.trainer.stop_requested = lambda: stop.requested
+    trainer = run.trainer
+    if trainer.ranks.is_first:
+        open_records(run)
     ending = "ended by an error"
     exit_status = 0
     try:
-        write_page(run)
-        ending = train(run)
-    except StopRequested:
-        ending = (
-            f"stopped at iter {run.progress.iter_num:,}; "
-            "to continue, add --init_from=resume to the same command"
-        )
-        # torchrun would take another status for a failure, and kill the other processes.
-        if run.trainer.ranks.world_size == 1:
-            exit_status = stop.exit_status
+        show_page(run)
+        try:
+            ending = train(run)
+        except StopRequested:
+            ending = f"stopped at iter {trainer.progress.iter_num:,}"
+            if trainer.weights_are_finite() and save(run):
+                ending += "; to continue, add --init_from=resume to the same command"
+            # torchrun would take another status for a failure, and kill the other processes.
+            if trainer.ranks.world_size == 1:
+                exit_status = trainer.stop.exit_status
     except KeyboardInterrupt:
         ending = "stopped without saving"
-        print(f"stopped without saving; {how_to_resume(run.out_dir)}")
-        raise SystemExit(130) from None
+        exit_status = 130
     finally:
-        write_page(run, ending)
+        show_page(run, ending)
     print(ending)
     print_summary(run)
     if exit_status:
@@ -145,210 +210,265 @@ def train_until_stopped(run: Run):
 
 
 def train(run: Run) -> str:
-    """Train until the schedule is over or val loss has plateaued. Return how the run ended. Raises
-    StopRequested, after saving, if a stop is requested."""
+    """Train until the run is over. Return how it ended. Raises StopRequested."""
     trainer = run.trainer
-    recovery = run.recovery
-    try:
-        while True:
-            # If the weights cannot be trusted, go back to the last checkpoint
-            recovery.go_back_if_needed(check_weights=run.evaluation_is_due())
+    clock = run.clock
+    config = trainer.config
+    while True:
+        # What is due
+        fraction = clock.fraction(trainer.progress.iter_num)
+        is_over = fraction >= 1
+        eval_is_due = evaluation_is_due(run, is_over)
+        has_diverged = trainer.skipped_in_row >= trainer.max_skipped_in_row
+        if has_diverged or ((eval_is_due or is_over) and not trainer.weights_are_finite()):
+            go_back(run)
+            continue
+        if eval_is_due:
+            evaluate(run)
+            continue
+        if is_over:
+            save_at_the_end(run)
+            return "done"
+        if 0 < config.early_stop_patience <= trainer.progress.stale_evals:
+            save_at_the_end(run)
+            return f"stopped: no better val loss in {trainer.progress.stale_evals} evaluations"
+        if clock.now() >= clock.next_save and trainer.weights_are_finite():
+            save(run)
 
-            # The learning rates of the next iteration
-            run.schedule.set_rates(trainer.optimizers, run.progress)
+        # The learning rates
+        set_rates(trainer.optimizers, config, fraction)
 
-            # Evaluate, sample and save when it is due
-            if run.evaluation_is_due():
-                evaluate(run)
-            elif run.clock.save_is_due() and trainer.weights_are_finite():
-                save(run)
+        # The gradients and the update
+        began = clock.now()
+        loss = trainer.accumulate()
+        grad_norm = trainer.update(loss)
+        trainer.count_iteration()
+        clock.add_iteration(clock.now() - began)
 
-            # The end of the run
-            if run.schedule.is_over(run.progress):
-                save(run)
-                return "done"
-            if run.has_plateaued():
-                save(run)
-                return (
-                    f"stopped: no better val loss in {run.progress.stale_evals} evaluations; to "
-                    "continue, resume with a larger --early_stop_patience, or 0"
-                )
-
-            # The gradients, over micro-batches that become smaller if memory runs out
-            started = run.clock.now()
-            loss = recovery.within_memory(forward_backward, trainer)
-            loss = trainer.sum_over_processes(loss)
-
-            # Clipping and the update, which a non-finite loss or gradient skips
-            grad_norm = recovery.guard_update(clip_and_update, loss)
-            run.progress.count_iteration(run.config)
-            run.clock.add_iteration(run.clock.now() - started)
-            run.schedule.advance(run.progress)
-
-            # The log
-            slept_s = run.clock.take_slept_s()
-            if slept_s:
-                print(f"the machine slept for {duration(slept_s)}, which does not count")
-            is_logged = (run.progress.iter_num - 1) % run.config.log_interval == 0
-            if is_logged or run.clock.log_is_due():
-                log(run, loss, grad_norm)
-    except StopRequested:
-        recovery.go_back_if_needed(check_weights=True)
-        save(run)
-        raise
+        # The log
+        is_at_interval = (trainer.progress.iter_num - 1) % config.log_interval == 0
+        if is_at_interval or clock.now() >= clock.next_log:
+            log(run, loss, grad_norm)
+        if fraction >= EARLY and clock.iters >= EARLY_ITERS and not run.is_compared:
+            compare_with_plan(run)
 
 
-def forward_backward(trainer: Trainer) -> torch.Tensor:
-    """Compute this process's part of the gradient of the mean loss over an iteration's windows, one
-    micro-batch after the other. Return its part of that loss, a scalar on the device."""
-    trainer.model.train()  # evaluate() and sample() leave it in evaluation mode
-    trainer.model.zero_grad(set_to_none=True)
-    trainer.seed_dropout()
-    weight = trainer.micro_batch_size / trainer.config.windows_per_iter
-    total = torch.zeros((), device=trainer.device)
-    for x, y in trainer.micro_batches():
-        with autocast(trainer.config.dtype, trainer.device):
-            _, loss = trainer.compiled_model(x, y)
-        loss = loss * weight
-        trainer.scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
+def evaluation_is_due(run: Run, is_over: bool) -> bool:
+    """Return whether this iteration's evaluation is still to be done."""
+    progress = run.trainer.progress
+    is_at_interval = progress.iter_num % run.trainer.config.eval_interval == 0
+    return (is_at_interval or is_over) and progress.evaluated_iter != progress.iter_num
 
 
-def clip_and_update(trainer: Trainer, loss: float) -> float:
-    """Clip the gradient and update the weights, unless the loss or the gradient is not finite.
-    Return the norm of the gradient before clipping."""
-    for optimizer in trainer.optimizers.values():
-        trainer.scaler.unscale_(optimizer)
-    max_norm = trainer.config.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), max_norm).item()
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        for optimizer in trainer.optimizers.values():
-            trainer.scaler.step(optimizer)
-    trainer.scaler.update()
-    return grad_norm
+def go_back(run: Run):
+    """Reload the last checkpoint, and continue with later data. Raises UserError if there is none,
+    or if that has not helped."""
+    trainer = run.trainer
+    before = trainer.progress
+    problem = f"iter {before.iter_num}: loss or weights became NaN or infinite"
+    remedy = "try a lower --learning_rate or --dtype=float32"
+    if not (run.out_dir / LATEST).exists():
+        raise UserError(f"{problem}, before the first checkpoint; {remedy}")
+    checkpoint = load_checkpoint(run.out_dir / LATEST)
+    if checkpoint["iter_num"] == run.reloaded_iter:
+        raise UserError(f"{problem} again; resume with --init_from=resume, and {remedy}")
+    run.reloaded_iter = checkpoint["iter_num"]
+    trainer.restore(checkpoint)
+    trainer.progress.position = before.position
+    trainer.progress.skipped_iters = before.skipped_iters
+    if run.records:
+        run.records.truncate(trainer.progress.iter_num, trainer.progress.evaluated_iter)
+    print(
+        f"{problem}: reloaded the checkpoint of iter {run.reloaded_iter}, skipping the data since"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Evaluations and checkpoints
 
 
 def evaluate(run: Run):
     """Compute the loss on both splits, record it with a sample, and save checkpoints."""
     trainer = run.trainer
-    config = run.config
-    progress = run.progress
-    started = run.clock.now()
+    progress = trainer.progress
+    began = run.clock.now()
     has_trained = progress.iter_num > 0
-    if has_trained and config.always_save_checkpoint:
+    if has_trained and trainer.config.always_save_checkpoint:
         save(run)  # first, so that a failed evaluation cannot cost the run
-    train_loss = run.recovery.within_memory(trainer.mean_loss, trainer.train_tokens)
-    val_loss = run.recovery.within_memory(trainer.mean_loss, trainer.val_tokens)
+    if run.clock.eval_s > SLOW_EVAL_S:
+        print(f"evaluating, which takes about {duration(run.clock.eval_s)}")
+    train_loss = trainer.mean_loss(trainer.train_tokens)
+    val_loss = trainer.mean_loss(trainer.val_tokens)
     print(f"step {progress.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-    improved = progress.count_evaluation(val_loss, config.early_stop_min_delta)
-    if run.writes_files:
+    progress.evaluated_iter = progress.iter_num
+    is_best = val_loss < progress.best_val_loss
+    progress.stale_evals = 0 if is_best else progress.stale_evals + 1
+    if is_best and (not has_trained or trainer.ranks.from_first(save_best(run, val_loss))):
+        progress.best_val_loss = val_loss
+        progress.best_iter = progress.iter_num
+    if run.records:
         record_evaluation(run, train_loss, val_loss)
-    if improved and has_trained:
-        save_best(run)
-        if not config.always_save_checkpoint:
-            save(run)
-    run.clock.add_evaluation(run.clock.now() - started)
+    if is_best and has_trained and not trainer.config.always_save_checkpoint:
+        save(run)
+    run.clock.eval_s = run.clock.now() - began
 
 
 def record_evaluation(run: Run, train_loss: float, val_loss: float):
     """Write the losses and a sample to the metrics, and draw loss.png and the page anew."""
     record = {
-        "iter": run.progress.iter_num,
-        "tokens": run.progress.tokens,
+        "iter": run.trainer.progress.iter_num,
+        "tokens": run.trainer.progress.tokens,
         "val_loss": val_loss,
         "train_loss_eval": train_loss,
         "elapsed_s": round(run.clock.elapsed(), 2),
-        **learning_rates(run.trainer.optimizers, run.config),
     }
     sample = run.trainer.sample()
     if sample:
         print(f"sample: {sample}")
         record["sample"] = sample
-    run.restore_folder()
-    run.metrics.write(record)
-    run.metrics.draw()
-    write_page(run)
+    run.records.write(record)
+    run.records.draw()
+    show_page(run)
+
+
+def save(run: Run) -> bool:
+    """Replace the latest checkpoint. Return whether that has succeeded; if not, the old one is
+    still there, and the next attempt is due in a minute."""
+    trainer = run.trainer
+    clock = run.clock
+    began = clock.now()
+    trainer.progress.elapsed_s = round(clock.elapsed(), 2)
+    trainer.progress.begun_s = clock.begun_s
+    is_saved = True
+    if run.records:
+        print(f"saving checkpoint to {run.out_dir}")
+        run.records.flush()
+        is_saved = write_checkpoint(run, LATEST, trainer.checkpoint())
+    clock.save_s = clock.now() - began
+    clock.next_save = clock.now() + (SAVE_S if is_saved else RETRY_S)
+    return is_saved
+
+
+def save_best(run: Run, val_loss: float) -> bool:
+    """Replace the best weights. Return whether that has succeeded."""
+    checkpoint = {**run.trainer.sampling_checkpoint(), "best_val_loss": val_loss}
+    return not run.records or write_checkpoint(run, BEST, checkpoint)
+
+
+def write_checkpoint(run: Run, name: str, checkpoint: dict) -> bool:
+    """Replace a checkpoint file. If that fails, print why and return False: no failure of the disk
+    ends a run."""
+    try:
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(run.out_dir / name, checkpoint)
+        return True
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        iter_num = run.trainer.progress.iter_num
+        print(f"{run.out_dir / name}: iter {iter_num} was not saved ({reason}); trying again later")
+        return False
+
+
+def save_at_the_end(run: Run):
+    """Save the finished run, and retry for up to an hour if the disk refuses. Raises UserError
+    after that, and StopRequested if asked to stop meanwhile."""
+    deadline = run.clock.now() + GIVE_UP_S
+    while not save(run):
+        while run.clock.now() < run.clock.next_save:
+            time.sleep(0.1)
+            if run.trainer.stop.requested:
+                raise StopRequested
+        if run.clock.now() > deadline:
+            raise UserError(f"{run.out_dir / LATEST}: the end of the run could not be saved")
+
+
+# -----------------------------------------------------------------------------
+# What a run prints and records
+
+
+def open_records(run: Run):
+    """Open the metrics and wandb. Raises UserError if the disk has no room for the checkpoints."""
+    trainer = run.trainer
+    model = trainer.model
+    parameters = model.get_num_params(non_embedding=False)
+    check_space(run.out_dir, parameters, state_numbers(model, trainer.config))
+    progress = trainer.progress
+    run.records = Records(trainer.config, progress.wandb_id)
+    if run.records.wandb_run:
+        progress.wandb_id = run.records.wandb_run.id
+    run.records.truncate(progress.iter_num, progress.evaluated_iter)
 
 
 def log(run: Run, loss: float, grad_norm: float):
     """Print a line about the iteration just done, and record it."""
-    config = run.config
-    iter_num = run.progress.iter_num - 1
+    trainer = run.trainer
+    clock = run.clock
+    iter_num = trainer.progress.iter_num - 1
+    tokens_per_s = trainer.config.tokens_per_iter / clock.s_per_iter()
+    left_s = clock.seconds_left(trainer.progress.iter_num)
+    done_at = time.strftime("%H:%M", time.localtime(time.time() + left_s))
+    line = f"iter {iter_num}: loss {loss:.4f}, time {clock.last_s * 1000:.2f}ms"
+    line += f", grad norm {grad_norm:.2f}, {tokens_per_s:,.0f} tokens/s"
+    line += f", ETA {duration(left_s)}, done at {done_at}"
     record = {
         "iter": iter_num,
-        "tokens": run.progress.tokens - config.tokens_per_iter,
+        "tokens": trainer.progress.tokens - trainer.config.tokens_per_iter,
         "train_loss": loss,
         "grad_norm": grad_norm,
-        **learning_rates(run.trainer.optimizers, config),
+        **learning_rates(trainer.optimizers, trainer.config),
+        "tokens_per_s": round(tokens_per_s),
+        "elapsed_s": round(clock.elapsed(), 2),
     }
-    line = f"iter {iter_num}: loss {loss:.4f}, time {run.clock.last_s * 1000:.2f}ms"
-    line += f", grad norm {grad_norm:.2f}"
-    s_per_iter = run.clock.s_per_iter()
-    if s_per_iter:
-        tokens_per_s = run.tokens_per_s(s_per_iter)
-        mfu = run.mfu(s_per_iter)
-        record["tokens_per_s"] = round(tokens_per_s)
-        line += f", {tokens_per_s:,.0f} tokens/s, mfu "
-        # The ceiling is that of products in the config's dtype, which int8 may exceed.
-        if mfu <= 1 or config.int8:
-            record["mfu"] = round(mfu, 4)
-            line += f"{mfu:.1%}"
-        else:
-            line += "unknown (the machine was busy when its speed was measured)"
-        eta = max(0, run.schedule.seconds_left(run.progress))
-        line += f", ETA {duration(eta)}, done at {run.clock.time_of_day(eta)}"
-    allocated, reserved = peak_memory_gb(run.trainer.device)
+    allocated, reserved = peak_memory_gb(trainer.device)
     if allocated:
+        line += f", {allocated:.1f} GB ({reserved:.1f} reserved)"
         record["peak_memory_gb"] = round(allocated, 2)
         record["peak_reserved_gb"] = round(reserved, 2)
-        line += f", {allocated:.1f} GB ({reserved:.1f} reserved)"
-    print(f"{line}, epoch {run.trainer.epoch:.2f}")
-    if run.writes_files:
-        record["elapsed_s"] = round(run.clock.elapsed(), 2)
-        run.restore_folder()
-        run.metrics.write(record)
-    run.clock.add_log()
+    print(f"{line}, epoch {trainer.epoch:.2f}")
+    if run.records:
+        run.records.write(record)
+    clock.next_log = clock.now() + LOG_S
 
 
-def save(run: Run):
-    """Replace the latest checkpoint, once the metrics before it are on the disk."""
-    started = run.clock.now()
-    run.progress.elapsed_s = round(run.clock.elapsed(), 2)
-    if run.writes_files:
-        run.restore_folder()
-        print(f"saving checkpoint to {run.out_dir}")
-        run.metrics.sync()
-        checkpoint = run.trainer.checkpoint()
-        save_checkpoint(run.out_dir / LATEST, checkpoint, keep=run.out_dir / PREVIOUS)
-    run.clock.add_save(run.clock.now() - started)
+def compare_with_plan(run: Run):
+    """Print a line if the run is slower or faster than planned."""
+    run.is_compared = True
+    tokens_per_s = run.trainer.config.tokens_per_iter / run.clock.s_per_iter()
+    slowdown = run.plan.tokens_per_s / tokens_per_s
+    if 1 / MAX_SLOWDOWN < slowdown < MAX_SLOWDOWN:
+        return
+    new = f"done in {duration(run.clock.seconds_left(run.trainer.progress.iter_num))}"
+    if run.trainer.config.hours:
+        new = f"about {run.plan.iters / slowdown:,.0f} iterations instead of {run.plan.iters:,}"
+    print(
+        f"speed: {tokens_per_s:,.0f} tokens/s instead of {run.plan.tokens_per_s:,.0f} as planned; "
+        f"{new}"
+    )
 
 
-def save_best(run: Run):
-    """Replace the best weights."""
-    if run.writes_files:
-        run.restore_folder()
-        save_checkpoint(run.out_dir / BEST, run.trainer.sampling_checkpoint())
+def show_page(run: Run, ending: str = ""):
+    """Write index.html anew. `ending` says how the run ended, and is "" while it lasts."""
+    if run.records:
+        write_page(run.records, run.trainer, run.clock, run.plan, ending)
 
 
 def print_summary(run: Run):
     """Print the run as `key: value` lines."""
-    progress = run.progress
+    trainer = run.trainer
+    progress = trainer.progress
     print(f"iterations: {progress.iter_num:,}")
     print(f"tokens: {progress.tokens:,}")
-    print(f"epochs: {run.trainer.epoch:.2f}")
+    print(f"epochs: {trainer.epoch:.2f}")
     print(f"best_val_loss: {progress.best_val_loss:.4f} at iter {progress.best_iter:,}")
     print(f"skipped_iterations: {progress.skipped_iters}")
     print(f"time: {duration(run.clock.elapsed())}")
-    s_per_iter = run.clock.mean_s_per_iter()
-    if s_per_iter:
-        print(f"tokens_per_s: {run.tokens_per_s(s_per_iter):,.0f}")
-    allocated, _ = peak_memory_gb(run.trainer.device)
+    if run.clock.iters:
+        tokens_per_s = run.clock.iters * trainer.config.tokens_per_iter / run.clock.iters_s
+        print(f"tokens_per_s: {tokens_per_s:,.0f}")
+    allocated, _ = peak_memory_gb(trainer.device)
     if allocated:
         print(f"peak_memory_gb: {allocated:.2f}")
-    picture = run.out_dir / "loss.png"
-    if picture.exists():
-        print(f"loss picture: {picture}")
+    print(f"loss picture: {run.out_dir / 'loss.png'}")
 
 
 if __name__ == "__main__":

@@ -5,35 +5,47 @@ How fast a config trains here, and how much memory it takes, beside a checkout o
     python benchmarks/train.py config/train_fineweb_4070.py --vram_limit_gb=12 --peer=../nanoGPT
     python benchmarks/train.py config/train_demo.py --optimizer=adamw --peer=../nanoGPT  # on a CPU
 
-Each measurement runs in a process of its own, ours and the peer's in turn. Both compile if the
-config does, and have the same shape, number format and data. Both start with a micro-batch of
-batch_size windows and reduce it until a training step and an evaluation fit. The peer always has
-GPT-2's architecture and fused AdamW.
+Ours and the peer are measured in turn, each time in a process of its own, on the same data, with
+the same shape and number format, and both compiled if the config is. Both have the largest
+micro-batch of at most batch_size windows that fits, and the peer has GPT-2's architecture and fused
+AdamW. int8 is off unless --int8 is given.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from onenight.startup import run_script
+
 import contextlib
-import io
+import importlib.util
 import json
 import statistics
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from gpu import describe_machine
 
-from common import circumstances, make_peer, step
-from configurator import UserError, configure, setting
-from onenight.system.console import run_script
-from onenight.system.device import autocast, choose_device, compile_model, use_tf32
-from onenight.system.distributed import Ranks
-from onenight.system.json_files import write_json
-from onenight.system.memory import is_out_of_memory, limit_memory, peak_memory_gb
-from onenight.training.recovery import Recovery
-from onenight.training.settings import TrainConfig, resolve
-from onenight.training.trainer import Trainer, model_args
+from configurator import configure, setting
+from onenight.device import (
+    autocast,
+    compile_model,
+    is_out_of_memory,
+    limit_memory,
+    peak_memory_gb,
+    set_up_device,
+)
+from onenight.distributed import Ranks
+from onenight.errors import UserError
+from onenight.int8 import resolve_int8
+from onenight.process import StopSignal, replacing
+from onenight.settings import TrainConfig, resolve
+from onenight.trainer import Trainer, model_args
 
 WARM_UP_ITERS = 3  # before the measurement: they compile and allocate
 
@@ -43,30 +55,31 @@ class BenchConfig(TrainConfig):
     peer: str = setting("", "folder of a nanoGPT checkout to measure beside ours", path=True)
     rounds: int = setting(2, "measurements of each, in turn", low=1)
     seconds: float = setting(20.0, "length of a measurement, after compiling", above=0)
-    only: str = setting(
-        "", "measure only this, in this process; print JSON", choices=("", "ours", "peer")
-    )
+    only: str = setting("", "measure one, here; print JSON", choices=("", "ours", "peer"))
     save: str = setting("", "JSON file for the figures", path=True)
 
 
 def main(arguments: list[str]):
-    config = configure(BenchConfig, arguments, __doc__)
+    config, _ = configure(BenchConfig, arguments, __doc__)
     if config.only:
-        measure = measure_peer if config.only == "peer" else measure_ours
-        with contextlib.redirect_stdout(io.StringIO()):
-            figures = measure(resolve(config, config.device))
+        with contextlib.redirect_stdout(sys.stderr):
+            figures = measure(config)
         print(json.dumps(figures))
         return
 
-    results = {"ours": []}
-    if config.peer:
-        results["peer"] = []
+    # In turn, so that other work on the machine slows both
+    results = {"ours": [], "peer": []} if config.peer else {"ours": []}
     for _ in range(config.rounds):
         for name, measured in results.items():
-            figures = run_alone(arguments, name)
+            figures = measure_alone(arguments, name)
             measured.append(figures)
-            print(f"{name}: {describe(figures)}", flush=True)
+            line = f"{figures['tokens_per_s']:,.0f} tokens/s"
+            line += f" with micro-batches of {figures['batch_size']}"
+            if figures["peak_memory_gb"]:
+                line += f", peak memory {figures['peak_memory_gb']:.2f} GB"
+            print(f"{name}: {line}")
 
+    # The medians
     speeds = {}
     for name, measured in results.items():
         speeds[name] = statistics.median(figures["tokens_per_s"] for figures in measured)
@@ -75,16 +88,16 @@ def main(arguments: list[str]):
     if config.save:
         content = {
             "command": " ".join(["python benchmarks/train.py", *arguments]),
-            **circumstances(choose_device(config.device)),
+            **describe_machine(config.device),
             "results": results,
             "median_tokens_per_s": speeds,
         }
-        write_json(Path(config.save), content)
+        with replacing(Path(config.save), "w") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
 
 
-def run_alone(arguments: list[str], name: str) -> dict:
-    """Return the figures of a measurement in a new process. Raises UserError with its message if
-    it fails."""
+def measure_alone(arguments: list[str], name: str) -> dict:
+    """Return the figures of a measurement in a new process. Raises UserError if it fails."""
     command = [sys.executable, __file__, *arguments, f"--only={name}"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -92,123 +105,97 @@ def run_alone(arguments: list[str], name: str) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def describe(figures: dict) -> str:
-    """Return the figures of a measurement in words."""
-    text = f"{figures['tokens_per_s']:,.0f} tokens/s with micro-batches of {figures['batch_size']}"
-    if figures["peak_memory_gb"]:
-        text += f", peak memory {figures['peak_memory_gb']:.2f} GB"
-    if "reading_share" in figures:
-        text += f", {figures['reading_share']:.2%} of the time waiting for data"
-    return text
+# -----------------------------------------------------------------------------
+# One measurement
 
 
-# ---- ours
+def measure(config: BenchConfig) -> dict:
+    """Return the figures of ours or the peer."""
+    here = set_up_device(config.device, config.dtype, config.compile)
+    config = resolve(config, *here, world_size=1)
+    # "auto" would compare int8 with the peer's number format.
+    config = replace(config, int8=resolve_int8(config.int8 is True, here[0], None))
+    if config.only == "ours":
+        batch_size, iters, seconds = measure_ours(config)
+    else:
+        batch_size, iters, seconds = measure_peer(config)
+    peak_memory, _ = peak_memory_gb(here[0])
+    return {
+        "batch_size": batch_size,
+        "iterations": iters,
+        "tokens_per_s": iters * config.tokens_per_iter / seconds,
+        "peak_memory_gb": peak_memory,
+    }
 
 
-def measure_ours(config: BenchConfig) -> dict:
-    """Return the figures of train.py's iteration."""
-    trainer = Trainer(config, Ranks())
-    recovery = Recovery(trainer)
-    recovery.within_memory(trainer.mean_loss, trainer.val_tokens)
+def measure_ours(config: BenchConfig) -> tuple[int, int, float]:
+    """Train as train.py does. Return the micro-batch, the iterations and their seconds."""
+    trainer = Trainer(config, Ranks(), StopSignal())
+    trainer.open_data()
+
+    def iterate():
+        trainer.update(trainer.accumulate())
+        trainer.count_iteration()
+
     for _ in range(WARM_UP_ITERS):
-        step(trainer, recovery)
-
-    trainer.windows = TimedWindows(trainer.windows)
-    iters, seconds = count_iterations(lambda: step(trainer, recovery), config.seconds)
-    figures = summarize(config, trainer.micro_batch_size, iters, seconds)
-    figures["reading_share"] = trainer.windows.waited_s / seconds
-    return figures
+        iterate()
+    iters, seconds = count_iterations(iterate, config.seconds)
+    return trainer.micro_batch_size, iters, seconds
 
 
-class TimedWindows:
-    """TrainWindows that measures how long the iterations wait for their batches."""
-
-    def __init__(self, windows):
-        self.windows = windows
-        self.waited_s = 0.0
-
-    def batch(self, *arguments, **options):
-        started = time.perf_counter()
-        batch = self.windows.batch(*arguments, **options)
-        self.waited_s += time.perf_counter() - started
-        return batch
-
-
-# ---- nanoGPT
-
-
-def measure_peer(config: BenchConfig) -> dict:
-    """Return the figures of nanoGPT's iteration with its largest micro-batch. Raises UserError if
-    not even one window fits."""
+def measure_peer(config: BenchConfig) -> tuple[int, int, float]:
+    """Train as nanoGPT does. Return the micro-batch, the iterations and their seconds."""
     peer = Peer(config)
-    windows = config.windows_per_iter
+    windows = config.gradient_accumulation_steps * config.batch_size
     for size in range(config.batch_size, 0, -1):
         if windows % size:
             continue
         try:
-            peer.evaluate(size)
             for _ in range(WARM_UP_ITERS):
-                peer.step(size)
-            iters, seconds = count_iterations(lambda size=size: peer.step(size), config.seconds)
+                peer.iterate(size, windows // size)
+            iters, seconds = count_iterations(peer.iterate, config.seconds, size, windows // size)
+            return size, iters, seconds
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        else:
-            return summarize(config, size, iters, seconds)
+        # Outside of the except block, which keeps the tensors of the failed attempt alive.
+        peer.free_memory()
     raise UserError("out of memory with a micro-batch of one window")
 
 
+def count_iterations(iterate: Callable, seconds: float, *arguments) -> tuple[int, float]:
+    """Call iterate() for about that many seconds. Return the number of calls and their seconds."""
+    iters = 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        iterate(*arguments)
+        iters += 1
+    return iters, time.perf_counter() - began
+
+
 class Peer:
-    """nanoGPT's training with its own model and optimizer, at its best settings."""
+    """nanoGPT's training with its own model and optimizer."""
 
     def __init__(self, config: BenchConfig):
         self.config = config
         self.device = torch.device(config.device)
-        self.path = config.data_dir / "train.bin"
-        use_tf32(self.device)
         limit_memory(config.vram_limit_gb, self.device)
-
+        spec = importlib.util.spec_from_file_location("peer", Path(config.peer) / "model.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # its dataclasses look it up there
+        spec.loader.exec_module(module)
         shape = model_args(config)
         del shape["architecture"]
-        del shape["dropout"]
-        self.model = make_peer(Path(config.peer), shape).to(self.device)
+        self.model = module.GPT(module.GPTConfig(**shape)).to(self.device)
+        betas = (config.beta1, config.beta2)
         self.optimizer = self.model.configure_optimizers(
-            config.weight_decay,
-            config.learning_rate,
-            (config.beta1, config.beta2),
-            self.device.type,
+            config.weight_decay, config.learning_rate, betas, self.device.type
         )
-        # Compiled as ours is: each size of micro-batch on its own.
+        # As ours: each size of micro-batch is compiled on its own.
         self.compiled_model = compile_model(self.model) if config.compile else self.model
 
-    def get_batch(self, batch_size: int):
-        """Return a micro-batch, as get_batch() of nanoGPT's train.py does."""
-        block_size = self.config.block_size
-        data = np.memmap(self.path, dtype=np.uint16, mode="r")
-        ix = torch.randint(len(data) - block_size, (batch_size,))
-        inputs = [data[i : i + block_size].astype(np.int64) for i in ix]
-        targets = [data[i + 1 : i + 1 + block_size].astype(np.int64) for i in ix]
-        x = torch.stack([torch.from_numpy(row) for row in inputs])
-        y = torch.stack([torch.from_numpy(row) for row in targets])
-        if self.device.type != "cuda":
-            return x, y
-        x = x.pin_memory().to(self.device, non_blocking=True)
-        y = y.pin_memory().to(self.device, non_blocking=True)
-        return x, y
-
-    @torch.no_grad()
-    def evaluate(self, batch_size: int):
-        """Compute the loss of a micro-batch without a gradient."""
-        self.model.eval()
-        x, y = self.get_batch(batch_size)
-        with autocast(self.config.dtype, self.device):
-            _, loss = self.compiled_model(x, y)
-        loss.item()
-        self.model.train()
-
-    def step(self, batch_size: int):
+    def iterate(self, batch_size: int, micro_batches: int):
         """Train for one iteration, as the loop of nanoGPT's train.py does."""
-        micro_batches = self.config.windows_per_iter // batch_size
         x, y = self.get_batch(batch_size)
         for _ in range(micro_batches):
             with autocast(self.config.dtype, self.device):
@@ -222,29 +209,27 @@ class Peer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for the GPU, as nanoGPT's log does
 
+    def get_batch(self, batch_size: int):
+        """Return a micro-batch, as get_batch() of nanoGPT's train.py does."""
+        block_size = self.config.block_size
+        data = np.memmap(self.config.data_dir / "train.bin", dtype=np.uint16, mode="r")
+        ix = torch.randint(len(data) - block_size, (batch_size,))
+        inputs = [data[i : i + block_size].astype(np.int64) for i in ix]
+        targets = [data[i + 1 : i + 1 + block_size].astype(np.int64) for i in ix]
+        x = torch.stack([torch.from_numpy(row) for row in inputs])
+        y = torch.stack([torch.from_numpy(row) for row in targets])
+        if self.device.type != "cuda":
+            return x, y
+        x = x.pin_memory().to(self.device, non_blocking=True)
+        y = y.pin_memory().to(self.device, non_blocking=True)
+        return x, y
 
-# ---- both
-
-
-def count_iterations(iterate, seconds: float) -> tuple[int, float]:
-    """Call iterate() for about that many seconds. Return the number of calls and their seconds."""
-    iters = 0
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        iterate()
-        iters += 1
-    return iters, time.perf_counter() - started
-
-
-def summarize(config: BenchConfig, micro_batch_size: int, iters: int, seconds: float) -> dict:
-    """Return the figures of a measurement."""
-    peak_memory, _ = peak_memory_gb(torch.device(config.device))
-    return {
-        "batch_size": micro_batch_size,
-        "iterations": iters,
-        "tokens_per_s": iters * config.tokens_per_iter / seconds,
-        "peak_memory_gb": peak_memory,
-    }
+    def free_memory(self):
+        """Free what an attempt with a larger micro-batch has left."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,8 @@
-"""The package behind the stage scripts, in four groups.
+"""The package behind the stage scripts. Each module imports only those before it:
 
-From the bottom up, each importing only those before it, model.py and configurator.py:
-
-- ``system``: the console, files, locks, the device, several processes
-- ``data``: from parquet files to windows of tokens
-- ``models``: checkpoints, Hugging Face's formats, generating text
-- ``training``: one run, from its settings to its records
-
-``startup`` comes before all of them: every script imports it first.
+errors, wording, startup, process: sentences, the console, signals, locks, files
+tokenizer, text, bins, distributed, windows: from text to windows of tokens
+device, settings, schedule, muon, optim, int8: what a run uses
+generate, hf, checkpoint: models from and for files
+trainer, plan, records, page: a run
 """

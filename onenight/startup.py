@@ -1,32 +1,17 @@
-"""Process setup that must come before torch is imported.
+"""What every script does first, and how it ends.
 
-Importing this module exits with one sentence if Python or a package is too old, sets environment
-variables that torch reads only once, replaces a cache folder that torch cannot create, tells glibc
-to keep freed memory, and makes Ctrl-C end a script without a traceback (exit status 130), even
-while it is still importing. Every script imports it first. This is the only place where the order
-of imports matters.
+Importing this sets what torch reads when it is imported, and how glibc keeps memory. So it stands
+before the other imports. run_script() then calls the script's main().
 """
 
 import contextlib
 import ctypes
 import os
 import platform
-import signal
 import sys
+from collections.abc import Callable
 
-# These two import nothing but the standard library.
-from onenight.system.limits import limit_threads
-from onenight.system.requirements import check_requirements
-
-check_requirements()
-limit_threads()
-
-# torch creates this folder when it is imported.
-if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
-    from onenight.system.cache_folders import use_cache_folder
-
-    with contextlib.suppress(OSError, ValueError):
-        use_cache_folder("TORCHINDUCTOR_CACHE_DIR", "")
+from onenight.errors import UserError
 
 # Whether the GPU is run by Windows' driver, as it also is in WSL2.
 WINDOWS_GPU_DRIVER = sys.platform == "win32" or "microsoft" in platform.release().lower()
@@ -53,25 +38,58 @@ if sys.platform == "linux":
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def exit_on_interrupt(kind, error, traceback):
-    """End the process at once and in silence on KeyboardInterrupt; an excepthook."""
-    if issubclass(kind, KeyboardInterrupt):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the exit
-        sys.stdout.flush()
-        os._exit(130)
-    sys.__excepthook__(kind, error, traceback)
+class Output:
+    """A text stream that goes silent, instead of raising, when its terminal, pipe or disk fails: a
+    closed terminal must not end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action: Callable, *arguments):
+        """Call `action`. If it fails, send this output and all later output to the null device."""
+        try:
+            action(*arguments)
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
-def is_project_script() -> bool:
-    """Return whether this process runs a script of the project, not a test or a notebook."""
-    script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
-    project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return os.path.dirname(script) == project
+def set_up_output(*names: str):
+    """Make sys.stdout or sys.stderr, or both, safe to print to; `names` are "stdout" and "stderr".
+    Each becomes an Output that flushes every line and escapes characters that its encoding
+    lacks."""
+    for name in names:
+        stream = getattr(sys, name)
+        if stream is None:
+            # It was closed when the process started, and the next open() would reuse its number.
+            stream = open(os.devnull, "w")
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        setattr(sys, name, Output(stream))
 
 
-if is_project_script():
-    sys.excepthook = exit_on_interrupt
-    # Libraries turn a KeyboardInterrupt during their import into other errors, so until the imports
-    # are done Ctrl-C exits directly. console.set_up_output() then restores the usual handler.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+def run_script(main: Callable, outputs=("stdout", "stderr")):
+    """Call main(arguments), with outputs that never fail. A UserError is printed to stderr as a
+    sentence, and so is that memory ran out where nothing can be made smaller; the exit status is
+    then 1, and 130 after Ctrl-C."""
+    set_up_output(*outputs)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        from onenight.device import is_out_of_memory  # imports torch
+
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"out of memory ({str(error).splitlines()[0]})")

@@ -10,21 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 
 import train as train_script
-from configurator import UserError
-from onenight.system.cards import Speed
-from onenight.system.distributed import Ranks
-from onenight.training.clock import Clock
-from onenight.training.plan import make_plan
-from onenight.training.recovery import Recovery
-from onenight.training.run import Run
-from onenight.training.settings import TrainConfig, resolve
-from onenight.training.trainer import Trainer
+from onenight.device import set_up_device
+from onenight.distributed import Ranks
+from onenight.errors import UserError
+from onenight.process import StopSignal
+from onenight.settings import TrainConfig, resolve
+from onenight.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = Path(__file__).parent / "programs"
@@ -107,12 +103,11 @@ TINY = {
     "batch_size": 8,
     "gradient_accumulation_steps": 2,
     "max_iters": 45,
-    "lr_decay_iters": 45,
     "warmup_iters": 5,
     "learning_rate": 1e-2,
     "min_lr": 1e-3,
     "eval_interval": 20,
-    "eval_iters": 1,
+    "eval_tokens": 16_384,
     "device": "cpu",
     "compile": False,
 }
@@ -164,45 +159,29 @@ def train(bins, out_dir, *, env=None, **changes):
 
 
 def train_here(bins, out_dir, **changes):
-    """Do the same in this process, which saves three seconds of imports and measurements."""
-    return train_by_clock(time.monotonic, *flags_of(bins, out_dir, changes))
-
-
-def train_by_clock(now, *arguments):
-    """Run train.py in this process. now() returns the seconds by which it measures time."""
-    with mock.patch("onenight.system.device.MEASURE_S", 0.0):
-        return run_here(train_script, *arguments, now=now)
+    """Do the same in this process, which saves three seconds of imports."""
+    return run_here(train_script, *flags_of(bins, out_dir, changes))
 
 
 def make_config(bins, **changes):
     """Return the resolved settings of TINY with `changes`."""
     config = TrainConfig(**{**TINY, "dtype": "float32", "dataset": str(bins), **changes})
-    return resolve(config, config.device)
+    here = set_up_device(config.device, config.dtype, config.compile)
+    return resolve(config, *here, world_size=1)
 
 
 def make_trainer(bins, *, ranks=None, **changes):
-    """Return the Trainer of train_here()."""
-    return Trainer(make_config(bins, **changes), ranks or Ranks())
+    """Return the Trainer of train_here(), with its data."""
+    trainer = Trainer(make_config(bins, **changes), ranks or Ranks(), StopSignal())
+    trainer.open_data()
+    return trainer
 
 
-def make_run(trainer, out_dir, *, now=time.monotonic, ceiling=1.0):
-    """Return the Run of a trainer, ready for train.train(). `ceiling` is in TFLOP/s."""
-    out_dir.mkdir(exist_ok=True)
-    run = Run(trainer, Clock(now), make_plan(trainer.config, Speed(ceiling, 10.0)), out_dir)
-    run.open_outputs()
-    return run
-
-
-def step(trainer, recovery=None, lr_multiplier=1.0):
-    """Do one iteration as train.py's loop does. Return the loss and the norm of the gradient."""
-    recovery = recovery or Recovery(trainer)
-    for optimizer in trainer.optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = lr_multiplier * group["peak_lr"]
-    loss = recovery.within_memory(train_script.forward_backward, trainer)
-    loss = trainer.sum_over_processes(loss)
-    grad_norm = recovery.guard_update(train_script.clip_and_update, loss)
-    trainer.progress.count_iteration(trainer.config)
+def step(trainer):
+    """Do one iteration at the peak learning rates. Return the loss and the norm of the gradient."""
+    loss = trainer.accumulate()
+    grad_norm = trainer.update(loss)
+    trainer.count_iteration()
     return loss, grad_norm
 
 
@@ -322,6 +301,20 @@ def write_parquet(path, texts, row_group_size=100, **columns):
 
     table = pyarrow.table({"text": texts, **columns})
     parquet.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def write_texts(path, texts, key="text"):
+    """Write a file of documents, parquet or JSON lines as its name says."""
+    import pyarrow
+    from pyarrow import parquet
+
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"id": ["-"] * len(texts), key: texts}), path)
+        return path
+    content = "".join(json.dumps({"id": "-", key: text}) + "\n" for text in texts).encode()
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    path.write_bytes(pyarrow.compress(content, codec, asbytes=True) if codec else content)
     return path
 
 

@@ -1,85 +1,87 @@
-"""A run survives the terminal, the pipe, the encoding and the files that it writes to."""
+"""A run survives its terminal, its pipe, the file that it prints to, and Weights & Biases."""
 
 import os
-import subprocess
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from helpers import PROGRAMS, ROOT, flags_of, load, metrics, run, train, train_here
-
-SHORT = {"max_iters": 12, "eval_interval": 12}
-
-
-def train_in_shell(bins, out_dir, redirection):
-    """Run train.py in bash with its output redirected."""
-    flags = " ".join(flags_of(bins, out_dir, SHORT))
-    command = f"set -o pipefail; {sys.executable} {ROOT / 'train.py'} {flags} {redirection}"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+from forks import RUN, Training, needs_fork
+from helpers import load, metrics, train_here
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs bash")
-@pytest.mark.parametrize("redirection", ["> /dev/full", "| head -n 7", ">&-", ">&- 2>&-"])
-def test_a_run_survives_output_that_fails(bins, tmp_path, redirection):
-    result = train_in_shell(bins, tmp_path, redirection)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+def print_to_a_full_disk():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def print_to_a_pipe_that_nobody_reads():
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
+
+
+def print_to_nothing():
+    """As with >&- in a shell."""
+    os.close(1)
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "prepare", [print_to_a_full_disk, print_to_a_pipe_that_nobody_reads, print_to_nothing]
+)
+def test_a_run_survives_output_that_fails(bins, tmp_path, prepare):
+    training = Training(bins, tmp_path, prepare=prepare, max_iters=12)
+    assert training.end() == 0, training.output()
+    assert training.output() == ""
     assert load(tmp_path)["iter_num"] == 12
-    iters = [record["iter"] for record in metrics(tmp_path) if "train_loss" in record]
-    assert iters == list(range(12))
+    assert [record["iter"] for record in metrics(tmp_path) if "lr" in record] == [*range(12)]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
-def test_a_run_survives_the_loss_of_its_terminal(bins, tmp_path):
-    """The other end of a pseudo-terminal is closed, so that every print raises EIO."""
+@needs_fork
+def test_a_run_whose_terminal_is_closed_is_saved(bins, tmp_path):
+    """It gets SIGHUP, and from then on all that it prints fails."""
     controller, terminal = os.openpty()
-    command = [sys.executable, ROOT / "train.py", *flags_of(bins, tmp_path, SHORT)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=env)
+
+    def use_terminal():
+        os.close(controller)
+        os.setsid()
+        terminal_of_session = os.open(os.ttyname(terminal), os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(terminal_of_session, number)
+
+    training = Training(bins, tmp_path, prepare=use_terminal, max_iters=10**6)
     os.close(terminal)
-    os.read(controller, 100)
+    printed = b""
+    while b"iter 20:" not in printed:
+        printed += os.read(controller, 1000)
     os.close(controller)
-    assert process.wait(timeout=60) == 0
-    assert load(tmp_path)["iter_num"] == 12
+    assert training.end() == 128 + signal.SIGHUP
+    assert load(tmp_path)["iter_num"] > 20
 
 
-def test_a_run_survives_a_path_that_its_console_cannot_encode(bins, tmp_path):
-    out_dir = tmp_path / "ночь"
-    result = train(bins, out_dir, env={"PYTHONIOENCODING": "cp1252"}, **SHORT)
-    assert result.returncode == 0, result.stderr
-    assert load(out_dir)["iter_num"] == 12
-
-
-def test_a_picture_that_cannot_be_drawn_is_not_announced_and_costs_nothing_else(
+def test_without_a_network_wandb_is_offline_and_its_errors_cost_nothing(
     bins, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("onenight.training.metrics.draw_losses", lambda *arguments: 1 / 0)
-    result = train_here(bins, tmp_path, **SHORT)
+    modes = []
+    steps = []
+
+    def init(**options):
+        modes.append(options["mode"])
+        if options["mode"] == "online":
+            raise ConnectionError("no network")
+        return SimpleNamespace(id="1", log=log)
+
+    def log(record, step):
+        steps.append(step)
+        if len(steps) > 4:
+            raise OSError("the disk is full")
+
+    package = SimpleNamespace(Settings=dict, login=lambda **options: True, init=init)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    result = train_here(bins, tmp_path, **{**RUN, "wandb_log": True, "max_iters": 6})
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("loss.png: cannot be written (division by zero)") == 1
-    assert "loss picture:" not in result.stdout
-    assert (tmp_path / "samples.txt").exists()
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs the list of users of POSIX")
-def test_a_run_of_an_unknown_user_without_a_home_directory_writes_all_its_files(bins, tmp_path):
-    cache = tmp_path / "file" / "cache"
-    cache.parent.write_text("")
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}  # torch cannot create it
-    program = PROGRAMS / "train_as_unknown_user.py"
-    result = run(program, *flags_of(bins, tmp_path, SHORT), env=environment)
-    assert result.returncode == 0, result.stderr
-    assert f"{cache}: cannot be written to (Not a directory): using TORCHINDUCTOR" in result.stdout
-    assert "there is no home directory: using MPLCONFIGDIR=" in result.stdout
-    assert f"loss picture: {tmp_path / 'loss.png'}" in result.stdout
-    assert (tmp_path / "loss.png").exists()
-    assert (tmp_path / "samples.txt").exists()
-
-
-def test_a_run_survives_metrics_and_a_picture_that_cannot_be_written(bins, tmp_path):
-    (tmp_path / "metrics.jsonl").mkdir()
-    result = train_here(bins, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("metrics.jsonl: cannot be written") == 1
-    assert load(tmp_path)["iter_num"] == 45
+    assert modes == ["online", "offline"]
+    assert steps == [0, *range(6), 6]  # evaluations at 0 and 6
+    assert load(tmp_path)["iter_num"] == 6

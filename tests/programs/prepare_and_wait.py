@@ -7,15 +7,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import prepare_single_parquet as script  # noqa: E402
 
-finish = script.finish
+finish = script.BinsWriter.finish
 
 
 def wait_and_finish(writer):
     writer.checkpoint()
     print("waiting")
     sys.stdin.readline()
-    return finish(writer)
+    finish(writer)
 
 
-script.finish = wait_and_finish
+script.BinsWriter.finish = wait_and_finish
 script.main(sys.argv[1:])

@@ -5,8 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from onenight.startup import run_script  # noqa: E402
+
 import prepare_single_parquet  # noqa: E402
-from onenight.system.console import run_script  # noqa: E402
 
 
 def main(arguments):

@@ -24,7 +24,8 @@ class GPT(torch.nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+        self.table = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = torch.nn.Linear(config.n_embd, config.vocab_size)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.AdamW(
@@ -34,5 +35,5 @@ class GPT(torch.nn.Module):
     def forward(self, idx, targets):
         if len(idx) > LARGEST_BATCH:
             raise torch.OutOfMemoryError
-        logits = self.table(idx)
+        logits = self.head(self.table(idx))
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,1 +1,0 @@
-"""From parquet files to windows of tokens."""

@@ -1,1 +1,0 @@
-"""Models as files and as writers of text: checkpoints, Hugging Face folders, generation."""

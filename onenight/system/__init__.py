@@ -1,1 +1,0 @@
-"""What the scripts need from the machine: the console, files, locks, the device, processes."""
