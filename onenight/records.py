@@ -145,7 +145,8 @@ def draw_losses(
         for record in [*steps, *evals]
         if record["tokens"] >= 0.05 * last_tokens
     ]
-    low, high = min(shown), max(shown)
+    low = min(shown)
+    high = max(shown)
     if reference_loss and low < reference_loss + NEAR:
         label = f"{reference_label or 'reference'}: {reference_loss:g}"
         loss_axes.axhline(reference_loss, color="black", linestyle="--", linewidth=1, label=label)
