@@ -137,7 +137,7 @@ def is_switch(field: dataclasses.Field) -> bool:
 
 
 def read_text(field: dataclasses.Field, text: str):
-    """Return the value that a flag gives. Raises ArgumentTypeError."""
+    """Return the value that a flag gives. Raises UserError."""
     value = text
     if is_switch(field):
         value = {"true": True, "false": False}.get(text.lower(), text)
@@ -154,31 +154,28 @@ def read_text(field: dataclasses.Field, text: str):
 def read_config_file(fields: dict[str, dataclasses.Field], name: str) -> dict:
     """Run a Python config file and return the settings that it assigns: all names but those that
     begin with an underscore, modules, functions and classes. A relative path is looked up in the
-    working directory, then in the project's folder. Raises ArgumentTypeError."""
+    working directory, then in the project's folder. Raises UserError."""
     path = Path(name)
     if not path.is_file():
         path = PROJECT / name
     try:
         names = runpy.run_path(str(path))
     except Exception as error:
-        raise argparse.ArgumentTypeError(f"{name}: {type(error).__name__} ({first_line(error)})")
+        raise UserError(f"{name}: {type(error).__name__} ({first_line(error)})")
     settings = {}
     for key, value in names.items():
         if key.startswith("_") or callable(value) or isinstance(value, ModuleType):
             continue
         if key not in fields:
-            hint = did_you_mean(key, fields)
-            raise argparse.ArgumentTypeError(f"{name}: there is no setting {key}{hint}")
-        try:
-            settings[key] = check(fields[key], value)
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{name}: {error}")
+            raise UserError(f"{name}: there is no setting {key}{did_you_mean(key, fields)}")
+        settings[key] = check(fields[key], value, f"{name}: ")
     return settings
 
 
-def check(field: dataclasses.Field, value):
+def check(field: dataclasses.Field, value, where: str = ""):
     """Return `value`, as a float or an int if that is the setting's type and changes nothing.
-    Raises ArgumentTypeError if the setting does not accept it."""
+    Raises UserError, with a sentence that begins with `where`, if the setting does not accept
+    it."""
     kinds = {field.type, type(value)}
     if kinds == {int, float} and math.isfinite(value) and value % 1 == 0:
         value = field.type(value)
@@ -189,7 +186,7 @@ def check(field: dataclasses.Field, value):
         is_accepted = type(value) is field.type and is_in_range(value, field.metadata["bounds"])
     if not is_accepted:
         expected = " and ".join(accepted_values(field)) or TYPE_WORDS[field.type]
-        raise argparse.ArgumentTypeError(f"{field.name} must be {expected}, not {value!r:.80}")
+        raise UserError(f"{where}{field.name} must be {expected}, not {value!r:.80}")
     if choices:
         return choices[choices.index(value)]  # True for 1
     return os.path.expanduser(value) if field.metadata["path"] else value

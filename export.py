@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import configure, setting
-from onenight.checkpoint import build_model, load_start, newest_run
+from onenight.checkpoint import build_model, open_checkpoint
 from onenight.device import DTYPES
 from onenight.errors import UserError
 from onenight.hf import make_tokenizer, to_transformers, write_folder
@@ -41,20 +41,6 @@ print(write("Once upon a time", max_new_tokens={new_tokens})[0]["generated_text"
 
 Made with One-night GPT.
 """
-# The settings of a run that its card lists, if they are not 0.
-CARD_SETTINGS = (
-    "optimizer",
-    "learning_rate",
-    "embedding_lr",
-    "head_lr",
-    "vector_lr",
-    "weight_decay",
-    "warmup_iters",
-    "warmdown",
-    "matrix_warmdown",
-    "min_lr",
-    "dropout",
-)
 
 
 @dataclass
@@ -80,10 +66,7 @@ def main(arguments: list[str]):
         raise UserError(f"{target} already exists; delete it, or choose another --export_dir")
 
     # The model
-    name = config.init_from
-    if name == "resume":
-        name = config.out_dir or newest_run()
-    checkpoint = load_start(config.init_from, Path(name))
+    name, checkpoint = open_checkpoint(config.init_from, config.out_dir)
     model = build_model(checkpoint, name)
 
     # The same in transformers' classes
@@ -108,8 +91,7 @@ def model_card(name: str, theirs, checkpoint: dict) -> str:
         table["training"] = (
             f"{checkpoint['iter_num']:,} iterations, {checkpoint['tokens']:,} tokens"
         )
-        used = [f"{key} {config[key]}" for key in CARD_SETTINGS if config.get(key)]
-        table["settings"] = ", ".join(used)
+        table["optimizer"] = f"{config['optimizer']}, learning rate {config['learning_rate']:g}"
     best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
     if math.isfinite(best_val_loss):
         table["best val loss"] = f"{best_val_loss:.4f} nats per token"

@@ -26,11 +26,11 @@ import torch
 
 from configurator import configure, setting
 from model import GPT
-from onenight.checkpoint import build_model, load_start, newest_run
+from onenight.checkpoint import build_model, open_checkpoint
 from onenight.device import DTYPES, compile_model, set_up_device
 from onenight.errors import UserError
 from onenight.generate import Sampling, generate
-from onenight.tokenizer import EOT, EOT_TEXT, encode_document, get_encoding
+from onenight.tokenizer import EOT, EOT_TEXT, encode_documents, get_encoding
 
 SEPARATOR = "\n---------------\n"
 
@@ -71,7 +71,8 @@ def main(arguments: list[str]):
     # The model; what its loading prints must not mix with the text
     with contextlib.redirect_stdout(sys.stderr):
         device, dtype, compiled = set_up_device(config.device, config.dtype, config.compile)
-        model = load_model(config, dtype).to(device)
+        name, checkpoint = open_checkpoint(config.init_from, config.out_dir)
+        model = build_model(checkpoint, name, dtype).to(device)
         step = None
         if compiled:
             # On a GPU, CUDA graphs need one launch per token instead of hundreds.
@@ -85,7 +86,7 @@ def main(arguments: list[str]):
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        raise UserError(f"the text cannot be written: {error.strerror}")
+        raise UserError(f"{error.filename or 'the text'}: {error.strerror}")
 
 
 def use_utf8():
@@ -96,14 +97,6 @@ def use_utf8():
     for stream in (sys.stdin, sys.stdout):
         encoding = stream.encoding if stream.isatty() else "utf-8"
         stream.reconfigure(encoding=encoding, errors="replace")
-
-
-def load_model(config: SampleConfig, dtype: str) -> GPT:
-    """Return the model that the config refers to. Raises UserError if it cannot be loaded."""
-    name = config.init_from
-    if name == "resume":
-        name = config.out_dir or newest_run()
-    return build_model(load_start(config.init_from, Path(name)), name, dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -123,17 +116,13 @@ def read_prompts(config: SampleConfig) -> Iterator[str]:
 
 
 def read_prompt(start: str) -> str:
-    """Return the prompt that --start refers to. Raises UserError if it cannot be read."""
+    """Return the prompt that --start refers to. Raises OSError if it cannot be read."""
     if start == "-":
         return sys.stdin.read()
     if not start.startswith("FILE:"):
         return unescape(start)
     path = Path(start.removeprefix("FILE:")).expanduser()
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: the prompt cannot be read ({error.strerror})")
-    return content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
+    return path.read_bytes().decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
 def unescape(text: str) -> str:
@@ -146,12 +135,9 @@ def unescape(text: str) -> str:
 def encode_prompt(prompt: str) -> list[int]:
     """Return the ids of the prompt, in which <|endoftext|> is the token. An empty prompt is an
     end-of-text, after which a document starts."""
-    ids = []
-    for number, document in enumerate(prompt.split(EOT_TEXT)):
-        if number > 0:
-            ids.append(EOT)
-        ids.extend(encode_document(document).tolist())
-    return ids or [EOT]
+    documents = [document.encode("utf-8", "surrogatepass") for document in prompt.split(EOT_TEXT)]
+    ids, _ = encode_documents(documents)
+    return ids[:-1].tolist() or [EOT]  # without the end of the last document
 
 
 # -----------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from onenight.checkpoint import (
 )
 from onenight.device import free_memory, peak_memory_gb, set_up_device
 from onenight.distributed import Ranks, start_ranks
-from onenight.errors import UserError, first_line
+from onenight.errors import UserError
 from onenight.int8 import resolve_int8
 from onenight.optim import learning_rates, set_rates, state_numbers
 from onenight.page import write_page
@@ -48,25 +48,26 @@ from onenight.settings import TrainConfig, resolve
 from onenight.trainer import StopRequested, Trainer
 from onenight.wording import duration
 
-SLOW_EVAL_S = 30  # a slower evaluation is announced
+SLOW_EVAL_S = 30  # announce evaluations that take longer
 GIVE_UP_S = 3600  # how long a finished run keeps trying to save
-# The run's speed is compared with the plan after this part of it, and at least these iterations.
+# Compare the speed with the plan after this fraction of the run, and after this many iterations.
 EARLY = 0.01
 EARLY_ITERS = 10
-MAX_SLOWDOWN = 1.1  # smaller differences are not reported
+MAX_SLOWDOWN = 1.1  # do not report smaller differences
 
 
 @dataclass
 class Run:
-    """A run in its folder. Only the first process has records, and writes files."""
+    """A run in its folder. Only the first process of a run that trains has records, and without
+    them nothing is written."""
 
     trainer: Trainer
     clock: Clock
-    plan: Plan
+    plan: Plan | None  # None if the run only evaluates
     out_dir: Path
     records: Records | None = None
     reloaded_iter: int | None = None  # the iteration of the checkpoint that was reloaded last
-    is_compared: bool = False  # whether its speed was compared with the plan
+    is_compared: bool = False  # with the plan
 
 
 def main(arguments: list[str]):
@@ -82,7 +83,7 @@ def main(arguments: list[str]):
     clock = Clock(config, ranks)
     config = choose_start(config, replaced, ranks)
 
-    # The folder, locked as long as the run may write there
+    # The folder, locked while the run may write to it
     out_dir = Path(config.out_dir)
     lock = contextlib.ExitStack()
     if not (config.plan or config.eval_only):
@@ -110,7 +111,7 @@ def main(arguments: list[str]):
         run = Run(trainer, clock, plan, out_dir)
         if config.init_from == "resume":
             resume(run, checkpoint)
-        del checkpoint  # it takes as much of the CPU's memory as weights and optimizers
+        del checkpoint  # a second copy of weights and optimizers, in the CPU's memory
         if config.eval_only:
             evaluate(run)
         elif clock.fraction(trainer.progress.iter_num) >= 1 and not evaluation_is_due(run, True):
@@ -122,22 +123,27 @@ def main(arguments: list[str]):
 
 
 def settings_here(
-    config: TrainConfig, checkpoint: dict | None, device: str, ranks: Ranks
+    config: TrainConfig, checkpoint: dict | None, device_name: str, ranks: Ranks
 ) -> TrainConfig:
-    """Return the settings that the run really uses on this machine. The model has the shape of the
-    checkpoint that the run starts from; Trainer refuses another one for a run that is resumed."""
+    """Return the settings that the run really uses on this machine, with the shape of the
+    checkpoint that it starts from."""
     earlier_int8 = None
-    if checkpoint and config.init_from == "resume":
-        earlier_int8 = checkpoint.get("config", {}).get("int8")
     if checkpoint:
-        config = config.with_shape_of(checkpoint["model_args"])
-    here = set_up_device(device, config.dtype, config.compile)
-    config = resolve(config, *here, ranks.world_size)
-    return replace(config, int8=resolve_int8(config.int8, here[0], earlier_int8))
+        is_resumed = config.init_from == "resume"
+        if is_resumed:
+            earlier_int8 = checkpoint.get("config", {}).get("int8")
+        # A run that began from weights has their shape, whatever the config says.
+        has_own_shape = is_resumed and checkpoint.get("started_from") == "scratch"
+        must_match = has_own_shape and not config.eval_only
+        config = config.with_shape_of(checkpoint["model_args"], must_match)
+    device, dtype, compiled = set_up_device(device_name, config.dtype, config.compile)
+    config = resolve(config, device, dtype, compiled, ranks.world_size)
+    return replace(config, int8=resolve_int8(config.int8, device, dtype, earlier_int8))
 
 
 def plan_run(trainer: Trainer, clock: Clock) -> Plan | None:
-    """Print and return what the run will take; None if it only evaluates."""
+    """Print and return how long the run will take, and how much memory; None if it only
+    evaluates."""
     config = trainer.config
     name = config.device
     if trainer.device.type == "cuda":
@@ -180,8 +186,8 @@ def resume(run: Run, checkpoint: dict):
 
 
 def train_until_stopped(run: Run):
-    """Train, and print how the run ended. The exit status of a run that a signal has stopped is 128
-    plus the signal's number."""
+    """Train, and print how the run ended. A run that a signal has stopped exits with 128 plus the
+    signal's number."""
     trainer = run.trainer
     if trainer.ranks.is_first:
         open_records(run)
@@ -195,7 +201,7 @@ def train_until_stopped(run: Run):
             ending = f"stopped at iter {trainer.progress.iter_num:,}"
             if trainer.weights_are_finite() and save(run):
                 ending += "; to continue, add --init_from=resume to the same command"
-            # torchrun would take another status for a failure, and kill the other processes.
+            # torchrun would treat any other status as a failure, and kill the other processes.
             if trainer.ranks.world_size == 1:
                 exit_status = trainer.stop.exit_status
     except KeyboardInterrupt:
@@ -262,7 +268,7 @@ def evaluation_is_due(run: Run, is_over: bool) -> bool:
 
 def go_back(run: Run):
     """Reload the last checkpoint, and continue with later data. Raises UserError if there is none,
-    or if that has not helped."""
+    or if the run diverges a second time from the same one."""
     trainer = run.trainer
     before = trainer.progress
     problem = f"iter {before.iter_num}: loss or weights became NaN or infinite"
@@ -294,7 +300,7 @@ def evaluate(run: Run):
     began = run.clock.now()
     has_trained = progress.iter_num > 0
     if has_trained and trainer.config.always_save_checkpoint:
-        save(run)  # first, so that a failed evaluation cannot cost the run
+        save(run)  # first, so that a crash during the evaluation loses nothing
     if run.clock.eval_s > SLOW_EVAL_S:
         print(f"evaluating, which takes about {duration(run.clock.eval_s)}")
     train_loss = trainer.mean_loss(trainer.train_tokens)
@@ -314,7 +320,7 @@ def evaluate(run: Run):
 
 
 def record_evaluation(run: Run, train_loss: float, val_loss: float):
-    """Write the losses and a sample to the metrics, and draw loss.png and the page anew."""
+    """Write the losses and a sample to the metrics, and redraw loss.png and the page."""
     record = {
         "iter": run.trainer.progress.iter_num,
         "tokens": run.trainer.progress.tokens,
@@ -332,8 +338,8 @@ def record_evaluation(run: Run, train_loss: float, val_loss: float):
 
 
 def save(run: Run) -> bool:
-    """Replace the latest checkpoint. Return whether that has succeeded; if not, the old one is
-    still there, and the next attempt is due in a minute."""
+    """Replace the latest checkpoint. Return whether that succeeded; if not, the old one is still
+    there, and the next attempt is due in a minute."""
     trainer = run.trainer
     clock = run.clock
     began = clock.now()
@@ -343,35 +349,21 @@ def save(run: Run) -> bool:
     if run.records:
         print(f"saving checkpoint to {run.out_dir}")
         run.records.flush()
-        is_saved = write_checkpoint(run, LATEST, trainer.checkpoint())
+        is_saved = save_checkpoint(run.out_dir / LATEST, trainer.checkpoint())
     clock.save_s = clock.now() - began
     clock.next_save = clock.now() + (SAVE_S if is_saved else RETRY_S)
     return is_saved
 
 
 def save_best(run: Run, val_loss: float) -> bool:
-    """Replace the best weights. Return whether that has succeeded."""
+    """Replace the best weights. Return whether that succeeded."""
     checkpoint = {**run.trainer.sampling_checkpoint(), "best_val_loss": val_loss}
-    return not run.records or write_checkpoint(run, BEST, checkpoint)
-
-
-def write_checkpoint(run: Run, name: str, checkpoint: dict) -> bool:
-    """Replace a checkpoint file. If that fails, print why and return False: no failure of the disk
-    ends a run."""
-    try:
-        run.out_dir.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(run.out_dir / name, checkpoint)
-        return True
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        iter_num = run.trainer.progress.iter_num
-        print(f"{run.out_dir / name}: iter {iter_num} was not saved ({reason}); trying again later")
-        return False
+    return not run.records or save_checkpoint(run.out_dir / BEST, checkpoint)
 
 
 def save_at_the_end(run: Run):
-    """Save the finished run, and retry for up to an hour if the disk refuses. Raises UserError
-    after that, and StopRequested if asked to stop meanwhile."""
+    """Save the finished run, and retry for up to an hour if that fails. Raises UserError after
+    that, and StopRequested if asked to stop meanwhile."""
     deadline = run.clock.now() + GIVE_UP_S
     while not save(run):
         while run.clock.now() < run.clock.next_save:
@@ -447,7 +439,7 @@ def compare_with_plan(run: Run):
 
 
 def show_page(run: Run, ending: str = ""):
-    """Write index.html anew. `ending` says how the run ended, and is "" while it lasts."""
+    """Rewrite index.html. `ending` says how the run ended, and is "" while it lasts."""
     if run.records:
         write_page(run.records, run.trainer, run.clock, run.plan, ending)
 

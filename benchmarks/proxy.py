@@ -31,7 +31,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import tiktoken
@@ -148,6 +148,8 @@ PARTS = {"row_norm": False, "cautious": False, "lookahead": None, "slow_share": 
 EVALS = 8  # at equal distances, on 65,536 tokens; the last one on LAST_EVAL_TOKENS
 EVAL_TOKENS = 65_536
 LAST_EVAL_TOKENS = 524_288
+# The settings in which the runs of a row may differ.
+NO_CHANGE = ("dataset", "tokens", "seed", "results", "device", "compile")
 
 
 @dataclass
@@ -162,15 +164,18 @@ class RowConfig(TrainConfig):
 def train_row(arguments: list[str]):
     defaults = [f"--{key}={value}" for key, value in {**SHAPE, **RECIPE}.items()]
     config, _ = configure(RowConfig, defaults + arguments, __doc__)
+    unchanged, _ = configure(RowConfig, defaults, __doc__)
+    changes = [
+        f"--{key}={value}"
+        for key, value in asdict(config).items()
+        if value != getattr(unchanged, key) and key not in NO_CHANGE
+    ]
     here = set_up_device(config.device, config.dtype, config.compile)
     config = resolve(config, *here, world_size=1)
     iters = config.tokens // config.tokens_per_iter
     rates = {name: config.rates * getattr(config, name) for name in GROUPS.values()}
     config = replace(config, **rates, max_iters=iters, eval_tokens=EVAL_TOKENS)
 
-    # Each row has several seeds, lengths and data.
-    kept = ("--dataset", "--tokens=", "--seed", "--results", "--device", "--compile")
-    changes = [flag for flag in arguments if not flag.startswith(kept)]
     result = {
         "row": "recipe",
         "changes": " ".join(changes),

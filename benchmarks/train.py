@@ -111,15 +111,15 @@ def measure_alone(arguments: list[str], name: str) -> dict:
 
 def measure(config: BenchConfig) -> dict:
     """Return the figures of ours or the peer."""
-    here = set_up_device(config.device, config.dtype, config.compile)
-    config = resolve(config, *here, world_size=1)
+    device, dtype, compiled = set_up_device(config.device, config.dtype, config.compile)
+    config = resolve(config, device, dtype, compiled, world_size=1)
     # "auto" would compare int8 with the peer's number format.
-    config = replace(config, int8=resolve_int8(config.int8 is True, here[0], None))
+    config = replace(config, int8=resolve_int8(config.int8 is True, device, dtype, None))
     if config.only == "ours":
         batch_size, iters, seconds = measure_ours(config)
     else:
         batch_size, iters, seconds = measure_peer(config)
-    peak_memory, _ = peak_memory_gb(here[0])
+    peak_memory, _ = peak_memory_gb(device)
     return {
         "batch_size": batch_size,
         "iterations": iters,

@@ -2,7 +2,7 @@
 
 errors, wording, startup, process: sentences, the console, signals, locks, files
 tokenizer, text, bins, distributed, windows: from text to windows of tokens
-device, settings, schedule, muon, optim, int8: what a run uses
+device, settings, schedule, muon, optim, memory, int8: what a run uses
 generate, hf, checkpoint: models from and for files
 trainer, plan, records, page: a run
 """

@@ -33,8 +33,10 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 # Files
 
 
-def save_checkpoint(path: Path, checkpoint: dict):
-    """Replace the file `path` atomically. Raises OSError, and the old file is then still in place.
+def save_checkpoint(path: Path, checkpoint: dict) -> bool:
+    """Replace the file `path` atomically, in a folder that is made again if it was moved away. If
+    that fails, print why and return False: the old file is then still in place, and no failure of
+    the disk ends a run.
 
     nanoGPT's sample.py passes all of model_args to its own GPTConfig, which has no "architecture".
     So files of GPT-2 models leave it out, as nanoGPT's own do.
@@ -42,22 +44,26 @@ def save_checkpoint(path: Path, checkpoint: dict):
     model_args = dict(checkpoint["model_args"])
     if model_args["architecture"] == "gpt2":
         del model_args["architecture"]
-    with replacing(path) as file:
-        writer = Writer(file)
-        try:
+    writer = Writer()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as writer.file:
             torch.save({**checkpoint, "model_args": model_args}, writer)
-        except Exception:
-            if writer.error:  # torch's own message does not name it
-                raise writer.error
-            raise
+        return True
+    except (OSError, RuntimeError) as error:
+        error = writer.error or error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        iter_num = checkpoint["iter_num"]
+        print(f"{path}: iter {iter_num} was not saved ({reason})")
+        return False
 
 
 class Writer:
-    """A file for torch.save(), which remembers why it could not be written."""
+    """A file for torch.save(), which remembers why it could not be written: torch's own error does
+    not say."""
 
-    def __init__(self, file):
-        self.file = file
-        self.error = None
+    file = None
+    error = None
 
     def write(self, content) -> int:
         try:
@@ -85,8 +91,6 @@ def load_checkpoint(path: Path) -> dict:
             if not name.endswith(MASKS)
         }
         model_args = asdict(GPTConfig(**checkpoint["model_args"]))  # nanoGPT's may lack some
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged pickle raises anything
         raise UserError(f"{path}: cannot be read as a checkpoint ({first_line(error)})")
     return {**checkpoint, "model": weights, "model_args": model_args}
@@ -94,6 +98,15 @@ def load_checkpoint(path: Path) -> dict:
 
 def has_checkpoint(out_dir: Path) -> bool:
     return (out_dir / LATEST).exists()
+
+
+def open_checkpoint(init_from: str, out_dir: str) -> tuple[str, dict]:
+    """Return the name and the content of the checkpoint that sample.py or export.py is to use. An
+    empty out_dir is that of the newest run here. Raises UserError."""
+    name = init_from
+    if name == "resume":
+        name = out_dir or newest_run()
+    return name, load_start(init_from, Path(name))
 
 
 def newest_run() -> str:
@@ -253,8 +266,8 @@ def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], checkpoint: di
         saved = checkpoint.get(key) or {"param_groups": []}
         if groups_of(saved) != groups_of(current):
             raise UserError(
-                f"{name}: was trained with other optimizer settings, and cannot be resumed with "
-                "these; start a new run from its weights with --init_from=FILE.pt"
+                f"{name}: has no state for these optimizers, and cannot be resumed; "
+                "start a new run from its weights with --init_from=FILE.pt"
             )
         optimizer.load_state_dict({**current, "state": saved["state"]})
 

@@ -3,7 +3,7 @@
 What this machine lacks is replaced by what it has, with a message.
 """
 
-from onenight.startup import WINDOWS_GPU_DRIVER
+from onenight.startup import LIBC, WINDOWS_GPU_DRIVER
 
 import re
 from pathlib import Path
@@ -142,6 +142,7 @@ def free_memory(device: torch.device, vram_limit_gb: float = 0.0) -> float | Non
         available = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())
         return int(available[1]) * 1024
     free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)  # by this process
     if WINDOWS_GPU_DRIVER:
         free -= WINDOWS_MARGIN
     size = min(total, vram_limit_gb * GB) if vram_limit_gb else total
@@ -160,6 +161,15 @@ def limit_memory(vram_limit_gb: float, device: torch.device):
     limit = free_memory(device, vram_limit_gb)
     torch.cuda.set_per_process_memory_fraction(max(0.0, limit / total), device)
     print(f"memory: limited to {limit / GB:.1f} GB of the GPU's {total / GB:.1f}")
+
+
+def release_memory(device: torch.device):
+    """Return the memory of freed tensors to the device, after it has run out."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif LIBC is not None:
+        LIBC.malloc_trim(0)
 
 
 def peak_memory_gb(device: torch.device) -> tuple[float, float]:

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 # The environment variables that torchrun sets.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-BUCKET_BYTES = 1 << 27  # the size of one all-reduce
 
 
 @dataclass(frozen=True)
@@ -31,18 +28,10 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensors: list[torch.Tensor]):
-        """Replace each tensor, in every process, by its sum over the processes.
-
-        The tensors are sent in buckets of BUCKET_BYTES: a few large messages are faster than
-        hundreds of small ones.
-        """
-        if self.world_size == 1:
-            return
-        for bucket in _take_tensors(tensors, BUCKET_BYTES):
-            flat = _flatten_dense_tensors(bucket)
-            dist.all_reduce(flat)
-            for tensor, total in zip(bucket, _unflatten_dense_tensors(flat, bucket)):
-                tensor.copy_(total)
+        """Replace each tensor, in every process, by its sum over the processes."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is True in any process."""

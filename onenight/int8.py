@@ -28,7 +28,9 @@ GRADIENT_SCALE = 128.0
 AMPERE = (8, 0)  # compute capability of the A100, the first with bfloat16; the RTX 30 has 8.6
 
 
-def resolve_int8(int8: bool | str, device: torch.device, earlier: bool | None) -> bool | str:
+def resolve_int8(
+    int8: bool | str, device: torch.device, dtype: str, earlier: bool | None
+) -> bool | str:
     """Return the setting as it is on a device: "auto" only if both ways are to be measured, with a
     line if they are not for lack of torchao. `earlier` is the setting of a run that is resumed.
     Raises UserError if int8 is asked for and cannot be had."""
@@ -39,9 +41,11 @@ def resolve_int8(int8: bool | str, device: torch.device, earlier: bool | None) -
     if device.type == "cuda":
         is_able = torch.cuda.get_device_capability(device) >= AMPERE
         is_geforce = "GeForce" in torch.cuda.get_device_name(device)
+    # In float16 the scales, 1/127 of the largest number of a row, would underflow.
+    is_able = is_able and dtype != "float16"
     if int8 is True:
         if not is_able:
-            raise UserError("int8 needs an RTX 30 or newer: use --int8=False")
+            raise UserError("int8 needs bfloat16 on an RTX 30 or newer: use --int8=False")
         load_torchao()
     # GeForce cards are rated four times as fast in int8, others twice; an H200 was slower.
     elif int8 == "auto" and is_able and is_geforce:

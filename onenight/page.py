@@ -65,7 +65,8 @@ def describe_loss(records: list[dict], config: TrainConfig) -> str:
     distance = best["val_loss"] - config.reference_loss
     if config.reference_loss and distance < NEAR:
         side = "above" if distance > 0 else "below"
-        text += f"; {abs(distance):.2f} {side} {config.reference_loss:g}, {config.reference_label}"
+        label = config.reference_label or "the reference"
+        text += f"; {abs(distance):.2f} {side} {config.reference_loss:g}, {label}"
     return text
 
 

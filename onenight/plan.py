@@ -1,6 +1,5 @@
-"""The plan: what a run will take. Memory is calculated from the shapes of the tensors; speed is
-measured, by running micro-batches of the real model, or for a card that is not here calculated from
-its rated speed."""
+"""The plan: the time and memory that a run will take. Its speed is measured on micro-batches of
+the real model or, for a card that is not in this machine, calculated from the card's rating."""
 
 import statistics
 import time
@@ -9,29 +8,24 @@ from dataclasses import dataclass
 
 import torch
 
-from model import CHUNK_ROWS, GPT, GPTConfig
+from model import GPT, GPTConfig
 from onenight.bins import token_count
-from onenight.device import DTYPES, GB, RESERVE, peak_memory_gb
+from onenight.device import GB, RESERVE, peak_memory_gb
 from onenight.errors import UserError
-from onenight.optim import state_numbers
+from onenight.memory import predict_memory
 from onenight.schedule import SHORTEST_S, describe_schedule
 from onenight.settings import TrainConfig
 from onenight.trainer import Trainer, model_args
 from onenight.wording import duration
 
 MAX_EPOCHS = 4  # more epochs help little: Muennighoff et al., arXiv:2305.16264
-# A job is measured this many times or for this many seconds, whichever comes first, but at least
-# once.
+# Each job is measured this many times, or fewer if that takes longer than this many seconds on
+# average, but at least once.
 MEASURED_TIMES = 15
 MEASURED_S = 2.0
-# On a CPU, instead of a micro-batch of more FLOPs, a single window is measured, not warmed up.
+# On a CPU, if a micro-batch needs more FLOPs than this, one window is measured, without warming up.
 MAX_CPU_FLOPS = 1e12
 INT8_GAIN = 1.05  # int8=auto uses int8 if an iteration is at least this many times as fast
-
-FLOAT32_BYTES = 4
-# Extra bytes that an eager run saves for the backward pass, for each token, block and channel, on
-# a CPU.
-EAGER_BYTES = {"gpt2": 0, "qwen3": 30}
 
 # -----------------------------------------------------------------------------
 # A card that is not here
@@ -100,8 +94,8 @@ def print_card_plan(config: TrainConfig):
 
 
 def print_outline(model: GPT, config: TrainConfig, free: float | None, name: str):
-    """Print what a run of resolved settings is, and whether it fits into the `free` bytes that
-    `name` has."""
+    """Print what a run with these resolved settings is, and whether it fits into the `free` bytes
+    of memory that `name` has."""
     per_token = model.flops_per_token() / 1e6
     print(f"parameters: {model.get_num_params() / 1e6:.2f}M, {per_token:,.0f} MFLOP per token")
     line = f"tokens: {config.tokens_per_iter:,} per iteration"
@@ -130,8 +124,8 @@ def describe_tokens(config: TrainConfig, tokens: int) -> str:
 
 
 def judge_fit(model: GPT, config: TrainConfig, free: float | None, name: str) -> str:
-    """Return in words whether the memory suffices, and the largest micro-batch for which it
-    does."""
+    """Return in words whether the memory is enough, and the largest micro-batch for which it
+    is."""
     if free is None:
         return "unknown: this system does not report its memory"
     sizes = [2**i for i in range(10)]
@@ -174,9 +168,9 @@ class Speed:
 
 def measure(trainer: Trainer) -> Speed:
     """Run micro-batches and updates as the run will, and return how long they take. With int8=auto,
-    do so with and without int8, and keep what is faster.
+    do so with and without int8, and keep the faster.
 
-    Must come before the optimizers have a state. Leaves the weights, the optimizers, the random
+    Call this before the first update. Leaves the weights, the optimizers, the random
     numbers of the run and the order of the data as they were. If memory runs out, the micro-batch
     is halved, as in training.
     """
@@ -212,60 +206,68 @@ def gains_enough(without_s: float, with_int8_s: float) -> bool:
 
 def measure_steps(trainer: Trainer) -> Speed:
     """Measure forward and backward, the update and the forward pass of an evaluation."""
-    config = trainer.config
     windows = trainer.micro_batch_size
     compiled_model = trainer.compiled_model
-    flops = windows * config.block_size * trainer.model.flops_per_token()
+    flops = windows * trainer.config.block_size * trainer.model.flops_per_token()
     is_slow = trainer.device.type == "cpu" and flops > MAX_CPU_FLOPS
     if is_slow:
         windows = 1
-        trainer.compiled_model = trainer.model  # it would be compiled for this size alone
-    random = torch.Generator().manual_seed(0)
-    vocab_size = trainer.model.config.vocab_size
-    ids = torch.randint(vocab_size, (windows, config.block_size), generator=random)
+        trainer.compiled_model = trainer.model  # compiling would be for this size alone
+    jobs = steps_of(trainer, windows)
     sample_s = 0.0
-    x = ids.to(trainer.device)
-    y = x.clone()  # torch.compile would compile once more for two tensors that are not one
     try:
-        trainer.model.train()
         if not is_slow:
-            # Once to warm up. After an update the optimizers' state takes its memory, as in the
-            # run.
-            trainer.micro_step(x, y)
-            update(trainer)
-        micro_step_s = seconds_of(trainer.device, trainer.micro_step, x, y)
-        update_s = seconds_of(trainer.device, update, trainer)
-        trainer.model.zero_grad(set_to_none=True)
-        trainer.model.eval()
-        with torch.no_grad():
-            if not is_slow:
-                trainer.eval_step(x, y)
-            eval_step_s = seconds_of(trainer.device, trainer.eval_step, x, y)
-        if not is_slow:
-            sample_s = seconds_of(trainer.device, trainer.sample)
+            # Once to warm up, and to allocate the optimizers' state.
+            for job in jobs:
+                job()
+            [sample_s] = seconds_of([trainer.sample], trainer.device)
+        micro_step_s, update_s, eval_step_s = seconds_of(jobs, trainer.device)
     finally:
         trainer.compiled_model = compiled_model
     return Speed(micro_step_s / windows, update_s, eval_step_s / windows, sample_s)
 
 
-def update(trainer: Trainer):
-    """Update the weights with the gradients that there are."""
-    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-    for optimizer in trainer.optimizers.values():
-        optimizer.step()
+def steps_of(trainer: Trainer, windows: int) -> list[Callable]:
+    """Return the parts of a run that take its time, with random ids: forward and backward of so
+    many windows, the update, and the forward pass of an evaluation."""
+    random = torch.Generator().manual_seed(0)
+    shape = (windows, trainer.config.block_size)
+    ids = torch.randint(trainer.model.config.vocab_size, shape, generator=random)
+    x = ids.to(trainer.device)
+    y = x.clone()  # as in training; one tensor passed twice would be compiled on its own
+
+    def micro_step():
+        trainer.model.train()
+        trainer.micro_step(x, y)
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        for optimizer in trainer.optimizers.values():
+            optimizer.step()
+
+    def eval_step():
+        trainer.model.eval()
+        with torch.no_grad():
+            trainer.eval_step(x, y)
+
+    return [micro_step, update, eval_step]
 
 
-def seconds_of(device: torch.device, job: Callable, *arguments) -> float:
-    """Return the median seconds of a job."""
-    times = []
-    end = time.perf_counter() + MEASURED_S
-    while not times or (len(times) < MEASURED_TIMES and time.perf_counter() < end):
-        began = time.perf_counter()
-        job(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return max(statistics.median(times), SHORTEST_S)
+def seconds_of(jobs: list[Callable], device: torch.device) -> list[float]:
+    """Return the median seconds of each job. They run in turn, so that a slow phase of the machine
+    affects all alike."""
+    times = {job: [] for job in jobs}
+    n = 0
+    end = time.perf_counter() + MEASURED_S * len(jobs)
+    while n == 0 or (n < MEASURED_TIMES and time.perf_counter() < end):
+        n += 1
+        for job in jobs:
+            began = time.perf_counter()
+            job()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[job].append(time.perf_counter() - began)
+    return [max(statistics.median(seconds), SHORTEST_S) for seconds in times.values()]
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ def make_plan(trainer: Trainer, speed: Speed, elapsed_s: float) -> Plan:
     iteration_s = speed.iteration_s(trainer)
     eval_s = speed.evaluation_s(trainer)
     with_eval_s = iteration_s + eval_s / config.eval_interval
-    # The first evaluation, and one at the end, which may be one of those at an interval.
+    # The first evaluation and, on average, half of one at the end, which may be at an interval.
     ends_s = 1.5 * eval_s
     iters = config.max_iters
     seconds = elapsed_s + iters * with_eval_s + ends_s
@@ -316,80 +318,3 @@ def print_plan(trainer: Trainer, plan: Plan):
     if config.hours:
         print(f"iterations: {plan.iters:,}, {describe_tokens(config, plan.tokens)}")
     print(f"time: {duration(plan.seconds)}, evaluations included")
-
-
-# -----------------------------------------------------------------------------
-# Memory
-
-
-def block_weights(model: GPT) -> int:
-    """Return the number of weights in the matrices of the blocks."""
-    return sum(p.numel() for p in model.transformer.h.parameters() if p.dim() > 1)
-
-
-def predict_memory(model: GPT, config: TrainConfig, micro_batch_size: int) -> dict[str, float]:
-    """Return the bytes of each part at the peak of a training step: in the head of the second
-    micro-batch, when the gradients of the first exist. The activations are the tensors that
-    torch.compile saves for the backward pass."""
-    shape = model.config
-    dtype_bytes = DTYPES[config.dtype].itemsize
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = micro_batch_size * shape.block_size
-    activations = tokens * shape.n_layer * saved_bytes_per_token(shape, config)
-    if dtype_bytes < FLOAT32_BYTES:
-        activations += dtype_bytes * block_weights(model)  # the weights as the products read them
-    if config.int8 is True and config.compile:
-        # What the compiled graphs keep besides, by benchmarks/LOG.md.
-        activations += 2 * block_weights(model)
-    return {
-        "weights": FLOAT32_BYTES * parameters,
-        "gradients": FLOAT32_BYTES * parameters,
-        "optimizer": FLOAT32_BYTES * state_numbers(model, config),
-        "activations": activations,
-        "head": head_bytes(shape, config, tokens),
-    }
-
-
-def saved_bytes_per_token(shape: GPTConfig, config: TrainConfig) -> float:
-    """Return the bytes that a block saves of each token for the backward pass."""
-    dtype_bytes = DTYPES[config.dtype].itemsize
-    # The residual stream twice; the outputs of both norms and of attention as the linear layers
-    # read them; query, key, value, and attention's output; rotated queries and keys also as they
-    # were before.
-    copies = 11 if shape.parts.rotary_positions else 9
-    # The hidden layer of the MLP before and after the activation, and with a gate the gate.
-    mlp_copies = 3 if shape.parts.gated_mlp else 2
-    # With int8, none of what the linear layers read is saved: it is computed again from the rest.
-    # That takes about as much memory as one of these three copies, by benchmarks/LOG.md.
-    if config.int8 is True and config.compile:
-        copies -= 2
-        mlp_copies -= 1
-    bytes_per_channel = copies * dtype_bytes
-    bytes_per_channel += mlp_copies * dtype_bytes * shape.mlp_width / shape.n_embd
-    # The masks of dropout, one byte for each channel.
-    if shape.dropout:
-        bytes_per_channel += 2
-    if not config.compile:
-        bytes_per_channel += EAGER_BYTES[shape.architecture]
-    return bytes_per_channel * shape.n_embd
-
-
-def head_bytes(shape: GPTConfig, config: TrainConfig, tokens: int) -> float:
-    """Return the bytes that the head and its loss take: a chunk of logits with their gradient, the
-    weight as the products read it with its gradient, and the input of the head with its
-    gradient."""
-    dtype_bytes = DTYPES[config.dtype].itemsize
-    if config.compile:
-        rows = min(CHUNK_ROWS, tokens)
-        per_logit = 2 * dtype_bytes
-    else:
-        # Half as many rows at once, also in float32.
-        rows = min(CHUNK_ROWS // 2, tokens)
-        per_logit = FLOAT32_BYTES
-        if dtype_bytes < FLOAT32_BYTES:  # float32 is computed in place
-            per_logit += 2 * dtype_bytes
-    per_weight = dtype_bytes + FLOAT32_BYTES
-    logits = rows * shape.vocab_size * per_logit
-    weight = shape.vocab_size * shape.n_embd * per_weight
-    inputs = 2 * tokens * shape.n_embd * dtype_bytes
-    return logits + weight + inputs

@@ -7,9 +7,7 @@ import functools
 import os
 import shutil
 import signal
-import socket
 import tempfile
-import time
 from pathlib import Path
 
 import filelock
@@ -79,32 +77,21 @@ def lock_folder(folder: Path):
     """
     make_folder(folder)
     lock_file = folder / "lock"
-    holder_file = (
-        folder / "lock-holder"
-    )  # apart, because Windows does not let a locked file be read
     # A soft lock is a file that a killed process leaves behind, and that blocks every later run.
     lock = filelock.FileLock(lock_file, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        holder = holder_file.read_text() if holder_file.exists() else ""
-        raise UserError(f"{folder}: another process is writing there {holder}")
+        raise UserError(f"{folder}: another process is writing there")
     except (OSError, NotImplementedError):  # some network file systems have no locks
         print(f"{folder}: this disk has no locks; do not start a second run there")
-    if lock.is_locked:
-        started = time.strftime("%Y-%m-%d %H:%M")
-        with contextlib.suppress(OSError):  # a full disk
-            holder_file.write_text(
-                f"(process {os.getpid()} on {socket.gethostname()} since {started})"
-            )
     try:
         yield
     finally:
         if lock.is_locked:
-            # While the lock is held, so that the files cannot be those of another process. Windows
-            # refuses this for the lock file, which release() deletes there.
+            # While the lock is held, so that the file cannot be that of another process. Windows
+            # refuses this; there release() deletes the file.
             with contextlib.suppress(OSError):
-                holder_file.unlink()
                 lock_file.unlink()
             lock.release()
 

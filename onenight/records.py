@@ -198,7 +198,8 @@ def start_wandb(config: TrainConfig, wandb_id: str):
         try:
             mode = os.environ.get("WANDB_MODE") or "online"
             if mode == "online" and not wandb.login(prompt=False, verify=False):
-                raise PermissionError("there is no API key")
+                print("wandb: offline, because there is no API key")
+                mode = "offline"
             return wandb.init(**options, mode=mode)
         except Exception as error:
             print(f"wandb: offline ({first_line(error)})")

@@ -139,9 +139,6 @@ class TrainConfig:
         has_own_rates = self.embedding_lr and (self.head_lr or self.tied_head)
         if self.optimizer == "muon" and not has_own_rates:
             raise ValueError("optimizer='muon' needs embedding_lr and head_lr, AdamW's rates")
-        if self.int8 is True and self.dtype == "float16":
-            # The scales, 1/127 of the largest number of a row, would underflow.
-            raise ValueError("int8 needs the range of bfloat16, not dtype=float16")
 
     @property
     def data_dir(self) -> Path:
@@ -158,18 +155,17 @@ class TrainConfig:
         names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "architecture")
         return {name: getattr(self, name) for name in names}
 
-    def with_shape_of(self, model_args: dict) -> "TrainConfig":
-        """Return these settings with the shape of the checkpoint that a run starts from. A new run
-        and --eval_only may have shorter windows. What is set of the shape of a run that is resumed
-        stays as it is set, to be refused. Raises UserError if other settings cannot have that
-        shape."""
+    def with_shape_of(self, model_args: dict, must_match: bool) -> "TrainConfig":
+        """Return these settings with the shape of the checkpoint that a run starts from; its
+        windows may be shorter. With must_match, what is set of the shape stays as it is set, to be
+        refused. Raises UserError if other settings cannot have that shape."""
         shape = {name: model_args[name] for name in self.shape if name != "dropout"}
-        if self.init_from != "resume" or self.eval_only:
-            shape["block_size"] = min(self.block_size, shape["block_size"])
-        else:
+        if must_match:
             defaults = TrainConfig().shape
             is_set = [name for name in shape if self.shape[name] != defaults[name]]
             shape.update({name: self.shape[name] for name in is_set})
+        else:
+            shape["block_size"] = min(self.block_size, shape["block_size"])
         try:
             return replace(self, **shape)
         except ValueError as error:

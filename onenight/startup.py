@@ -24,6 +24,8 @@ M_MMAP_MAX = -4
 # machine (see benchmarks/LOG.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+LIBC = None  # glibc, if this is the C library here
+
 if sys.platform == "linux":
     # Micro-batches of different sizes, as in evaluation, would otherwise fragment GPU memory.
     # Expandable segments fail with Windows' driver on some cards (pytorch issue 192330).
@@ -36,6 +38,7 @@ if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        LIBC = libc
 
 
 class Output:

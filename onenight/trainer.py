@@ -10,7 +10,7 @@ import torch
 from model import GPT, IGNORED, GPTConfig
 from onenight.bins import open_tokens, read_meta
 from onenight.checkpoint import check_shape, load_optimizers, load_weights
-from onenight.device import autocast, compile_model, is_out_of_memory, limit_memory
+from onenight.device import autocast, compile_model, is_out_of_memory, limit_memory, release_memory
 from onenight.distributed import Ranks
 from onenight.errors import UserError, first_line
 from onenight.generate import begin_document
@@ -22,7 +22,8 @@ from onenight.tokenizer import VOCAB_SIZE
 from onenight.windows import TrainWindows, eval_batches
 
 # The last checkpoint is reloaded after this many iterations in a row without an update. With
-# float16, some at the start are normal: the loss scale is too large then, and is halved each time.
+# float16, some overflows at the start are normal: the first loss scale is too large, and each one
+# halves it.
 MAX_SKIPPED_IN_ROW = 5
 MAX_OVERFLOWS_IN_ROW = 20
 
@@ -34,7 +35,7 @@ class StopRequested(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is. Checkpoints hold these fields; nanoGPT's have only iter_num and
+    """How far a run has got. Checkpoints hold these fields; nanoGPT's have only iter_num and
     best_val_loss."""
 
     iter_num: int = 0
@@ -48,12 +49,13 @@ class Progress:
     elapsed_s: float = 0.0  # at the last checkpoint
     begun_s: float = 0.0  # elapsed_s when the first iteration began
     wandb_id: str = ""
+    started_from: str = "scratch"  # init_from of the first session
 
 
 def model_args(config: TrainConfig, checkpoint: dict | None = None) -> dict:
-    """Return the shape of the model as GPTConfig takes it. The vocabulary is that of the
-    checkpoint to start from. Without one it is that of meta.json, padded to a multiple of 64, which
-    is faster. Raises UserError if the checkpoint to resume has another shape."""
+    """Return the shape of the model as GPTConfig takes it. vocab_size comes from the checkpoint to
+    start from or else from meta.json, padded to a multiple of 64, which is faster. Raises UserError
+    if the checkpoint to resume has another shape."""
     if checkpoint:
         if config.init_from == "resume":
             check_shape(config, checkpoint["model_args"])
@@ -76,7 +78,7 @@ class Trainer:
         self.ranks = ranks
         self.stop = stop
         self.device = torch.device(config.device)
-        self.progress = Progress()
+        self.progress = Progress(started_from=config.init_from)
         self.skipped_in_row = 0  # iterations without an update
         is_float16 = config.dtype == "float16"
         self.max_skipped_in_row = MAX_OVERFLOWS_IN_ROW if is_float16 else MAX_SKIPPED_IN_ROW
@@ -102,7 +104,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_float16)
 
     def open_data(self):
-        """Open train.bin and val.bin. Raises UserError if they are missing or do not fit."""
+        """Open train.bin and val.bin. Raises UserError if they are missing or do not match the
+        model."""
         config = self.config
         vocab_size = self.model_args["vocab_size"]
         self.train_tokens = open_tokens(config.data_dir, "train", config.block_size, vocab_size)
@@ -118,7 +121,7 @@ class Trainer:
 
     @property
     def epoch(self) -> float:
-        """Epochs trained on so far, with the fraction of the present one."""
+        """Epochs trained on so far, with the fraction of the current one."""
         return self.progress.position / self.windows.windows_per_epoch
 
     # ---- an iteration
@@ -146,7 +149,7 @@ class Trainer:
         end = self.progress.position + self.windows_per_iter
         for first in range(begin, end, self.micro_batch_size * world_size):
             if self.stop.requested:
-                break  # accumulate() discards what there is
+                break  # accumulate() discards the partial result
             x, y = self.windows.batch(first, self.micro_batch_size, self.device, world_size)
             total += self.micro_step(x, y)
         return total
@@ -185,7 +188,7 @@ class Trainer:
 
     def seed_dropout(self):
         """Make dropout depend only on the seed, the iteration and the process, so that a resumed
-        run draws what it would have drawn."""
+        run gets the same masks."""
         entropy = [self.config.seed, self.progress.iter_num, self.ranks.rank]
         seeds = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         torch.manual_seed(int(seeds[0]))
@@ -193,9 +196,9 @@ class Trainer:
     # ---- when memory runs out, or numbers go bad
 
     def within_memory(self, job: Callable, *arguments):
-        """Return job(*arguments). If memory runs out, repeat it with smaller micro-batches, more of
-        them: the same windows in the same order. The job must not exchange tensors with other
-        processes, which would wait."""
+        """Return job(*arguments). If memory runs out, repeat it with more, smaller micro-batches of
+        the same windows in the same order. The job must not exchange tensors with other processes,
+        which would wait while this one repeats it."""
         while True:
             try:
                 return job(*arguments)
@@ -215,9 +218,7 @@ class Trainer:
         windows = self.windows_per_iter // self.ranks.world_size
         self.micro_batch_size = largest_divisor(windows, limit=self.micro_batch_size // 2)
         self.model.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+        release_memory(self.device)
         print(
             f"out of memory: continuing with --batch_size={self.micro_batch_size} "
             "(same effective batch)"
@@ -239,8 +240,8 @@ class Trainer:
         return (total / count).item()
 
     def eval_sums(self, tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sum of the losses over this process's part of the evaluation pass, and how
-        many there are."""
+        """Return the sum of the losses over this process's part of the evaluation pass, and their
+        number."""
         self.model.eval()
         total = torch.zeros((), device=self.device)
         count = torch.zeros((), device=self.device)
@@ -253,7 +254,7 @@ class Trainer:
             self.ranks,
         ):
             if self.stop.requested:
-                break  # mean_loss() discards what there is
+                break  # mean_loss() discards the partial result
             n = (y != IGNORED).sum()
             total += self.eval_step(x, y) * n
             count += n
@@ -267,7 +268,7 @@ class Trainer:
 
     def sample(self) -> str:
         """Return a line of text, generated by the current weights; '' if the vocabulary is not
-        GPT-2's or, with a message, after an error."""
+        GPT-2's or, with a message, if that fails."""
         if self.model_args["vocab_size"] < VOCAB_SIZE:
             return ""
         self.model.eval()
@@ -303,16 +304,11 @@ class Trainer:
 
     def restore(self, checkpoint: dict):
         """Set the state to that of a checkpoint. Raises UserError if it cannot be resumed."""
-        names = [field.name for field in fields(Progress)]
-        if not checkpoint.keys() >= set(names):
-            raise UserError(
-                f"{self.config.source}: has no state to resume; start a new run from its weights "
-                "with --init_from=FILE.pt"
-            )
-        self.model.load_state_dict(checkpoint["model"])
         load_optimizers(self.optimizers, checkpoint, self.config.source)
+        self.model.load_state_dict(checkpoint["model"])
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
+        names = [field.name for field in fields(Progress)]
         self.progress = Progress(**{name: checkpoint[name] for name in names})
         self.skipped_in_row = 0
 

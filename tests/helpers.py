@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,21 +30,19 @@ torch.set_num_threads(1)  # models this small are slower with more
 # Running a script to its end
 
 
-def run(script, *args, cwd=None, env=None):
+def run(script, *args, env=None):
     """Run a script of the project, or the program at a path, in a process of its own.
 
-    `env` changes the environment; None removes a variable. Return a CompletedProcess with text.
+    `env` is added to the environment. Return a CompletedProcess with text.
     """
     command = [sys.executable, ROOT / script, *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    env = {key: value for key, value in env.items() if value is not None}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-def run_here(script, *args, stdin=b"", **options):
+def run_here(script, *args, stdin=b""):
     """Run the main() of an imported script in this process. Return what run() returns.
 
-    `options` are passed to main() beside the list of arguments.
     The changes that the script makes to streams and signal handlers are undone.
     """
     captured = [
@@ -56,7 +53,7 @@ def run_here(script, *args, stdin=b"", **options):
     returncode = 0
     sys.stdin, sys.stdout, sys.stderr = captured
     try:
-        script.main([str(argument) for argument in args], **options)
+        script.main([str(argument) for argument in args])
     except UserError as error:
         returncode = 1
         print(error, file=sys.stderr)
@@ -73,16 +70,6 @@ def run_here(script, *args, stdin=b"", **options):
         stream.flush()
         texts.append(stream.buffer.getvalue().decode())
     return subprocess.CompletedProcess(args, returncode, *texts)
-
-
-def run_torchrun(n_processes, script, *args):
-    """Run a script under torchrun with so many processes on this machine, as run() does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={n_processes}", ROOT / script, *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(word) for word in command], env=env, capture_output=True, text=True, timeout=300
-    )
 
 
 def assert_one_sentence(result, words):
@@ -120,22 +107,21 @@ MUON = {
     "head_lr": 0.004,
     "vector_lr": 0.01,
 }
-VOCAB_SIZE = 250  # train.py pads it to 256
 
 
-def make_bins(folder, vocab_size=VOCAB_SIZE, train_tokens=20_000, val_tokens=2500):
+def make_bins(folder):
     """Write train.bin, val.bin and meta.json with data that are easy to learn.
 
-    It is a walk over the ids in which the next id depends on the last one, with 10 % noise.
+    It is a walk over 250 ids in which the next id depends on the last one, with 10 % noise.
     """
     random = np.random.default_rng(0)
-    successor = random.permutation(vocab_size)
-    for split, n_tokens in (("train", train_tokens), ("val", val_tokens)):
-        ids = np.zeros(n_tokens, np.uint16)
+    successor = random.permutation(250)
+    for split, n_tokens in (("train", 20_000), ("val", 2500)):
+        ids = np.zeros(n_tokens, "<u2")
         for i in range(1, n_tokens):
-            ids[i] = successor[ids[i - 1]] if random.random() < 0.9 else random.integers(vocab_size)
-        ids.astype("<u2").tofile(folder / f"{split}.bin")
-    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size}))
+            ids[i] = successor[ids[i - 1]] if random.random() < 0.9 else random.integers(250)
+        ids.tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": 250}))
     return folder
 
 
@@ -153,26 +139,17 @@ def flags_of(bins, out_dir, changes):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def train(bins, out_dir, *, env=None, **changes):
-    """Run train.py with TINY and `changes` in a process of its own."""
-    return run("train.py", *flags_of(bins, out_dir, changes), env=env)
-
-
 def train_here(bins, out_dir, **changes):
-    """Do the same in this process, which saves three seconds of imports."""
+    """Run train.py with TINY and `changes` in this process, which saves six seconds of imports."""
     return run_here(train_script, *flags_of(bins, out_dir, changes))
-
-
-def make_config(bins, **changes):
-    """Return the resolved settings of TINY with `changes`."""
-    config = TrainConfig(**{**TINY, "dtype": "float32", "dataset": str(bins), **changes})
-    here = set_up_device(config.device, config.dtype, config.compile)
-    return resolve(config, *here, world_size=1)
 
 
 def make_trainer(bins, *, ranks=None, **changes):
     """Return the Trainer of train_here(), with its data."""
-    trainer = Trainer(make_config(bins, **changes), ranks or Ranks(), StopSignal())
+    config = TrainConfig(**{**TINY, "dtype": "float32", "dataset": str(bins), **changes})
+    here = set_up_device(config.device, config.dtype, config.compile)
+    config = resolve(config, *here, world_size=1)
+    trainer = Trainer(config, ranks or Ranks(), StopSignal())
     trainer.open_data()
     return trainer
 
@@ -206,14 +183,12 @@ class SmallMemory:
         self.limit = limit
         self.nth = nth
         self.calls = []
-        self.config = model.config
-        self.lm_head = model.lm_head
 
-    def __call__(self, ids, *arguments, **options):
-        self.calls.append(len(ids))
-        if len(ids) > self.limit and len(self.calls) >= self.nth:
+    def __call__(self, x, y):
+        self.calls.append(len(x))
+        if len(x) > self.limit and len(self.calls) >= self.nth:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.54 GiB.")
-        return self.model(ids, *arguments, **options)
+        return self.model(x, y)
 
 
 # -----------------------------------------------------------------------------
@@ -222,7 +197,7 @@ class SmallMemory:
 STARTED = []  # the fixture in conftest.py kills those that are left
 
 
-def start(script, *args, cwd=None, stdin=None):
+def start(script, *args, cwd=None):
     """Start a script of the project, or python with a list of arguments.
 
     Return a Popen whose output can be read line by line while it runs.
@@ -232,7 +207,6 @@ def start(script, *args, cwd=None, stdin=None):
         [sys.executable, *map(str, [*command, *args])],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -253,33 +227,12 @@ def start_training(bins, out_dir, **changes):
     return start("train.py", *flags_of(bins, out_dir, changes))
 
 
-def stop(process, number=signal.SIGINT):
-    """Send a signal and wait for the process, which must exit with the status of a requested stop.
-
-    Return what it printed after the signal, and how many seconds it took.
-    """
-    sent = time.monotonic()
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, stderr
-    return stdout, time.monotonic() - sent
-
-
 def wait_for_line(process, beginning):
     """Read the output of a process up to a line with this beginning."""
     for line in process.stdout:
         if line.startswith(beginning):
             return
     raise AssertionError(f"ended without '{beginning}': {process.stderr.read()}")
-
-
-def wait_for_iter(process, number):
-    """Read the output of train.py up to iteration `number`, or the first one printed after it."""
-    for line in process.stdout:
-        iteration = re.match(r"iter (\d+):", line)
-        if iteration and int(iteration[1]) >= number:
-            return
-    raise AssertionError(f"ended before iter {number}: {process.stderr.read()}")
 
 
 def wait_until(condition, seconds=30):
@@ -294,13 +247,13 @@ def wait_until(condition, seconds=30):
 # Files
 
 
-def write_parquet(path, texts, row_group_size=100, **columns):
+def write_parquet(path, texts, **columns):
     """Write a parquet file with a text column (a list or an Arrow array) and other columns."""
     import pyarrow
     from pyarrow import parquet
 
     table = pyarrow.table({"text": texts, **columns})
-    parquet.write_table(table, path, row_group_size=row_group_size)
+    parquet.write_table(table, path, row_group_size=100)
     return path
 
 
@@ -321,12 +274,6 @@ def write_texts(path, texts, key="text"):
 def read_files(folder):
     """Return {name: content} of the files in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def copy_project(folder):
-    """Copy the project, without what the stages wrote, for a test to change."""
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "out*", "wandb", "*.bin", "*.parquet")
-    return shutil.copytree(ROOT, folder, ignore=ignored)
 
 
 def metrics(out_dir):

@@ -13,8 +13,6 @@ from onenight.bins import SHORT_BYTES, BinsWriter, open_tokens
 from onenight.errors import UserError
 
 EOT = 50256
-JOB = {"val_fraction": 0.005, "sources": ["a.parquet"]}
-OTHER_JOB = {**JOB, "sources": ["b.parquet"]}
 
 
 def write(writer, sizes, max_tokens=math.inf):
@@ -45,62 +43,26 @@ def written(folder, sizes, total=0, val_fraction=0.005, batch=10**9, max_tokens=
     return [documents(folder / f"{split}.bin.partial") for split in ("train", "val")]
 
 
-def finish_small(out_dir, job=JOB):
-    writer = BinsWriter(out_dir, job, expected_bytes=100, overwrite=False)
-    write(writer, [8, 40])
-    writer.finish()
-
-
 # -----------------------------------------------------------------------------
 # Writing
 
 
-def test_what_was_written_after_the_last_checkpoint_is_written_again(tmp_path):
-    writer = BinsWriter(tmp_path, JOB, 100, overwrite=False)
+def test_the_unfinished_files_of_another_job_are_only_replaced_with_overwrite(tmp_path):
+    job = {"val_fraction": 0.005, "sources": ["a.parquet"]}
+    other = {**job, "sources": ["b.parquet"]}
+    writer = BinsWriter(tmp_path, job, 100, overwrite=False)
     write(writer, [8, 40])
-    writer.state["rows"] = 2
     writer.checkpoint()
-    write(writer, [80])
     writer.close()
-
-    writer = BinsWriter(tmp_path, JOB, 100, overwrite=False)
-    assert (writer.tokens, writer.state["rows"], writer.state["documents"]) == (16, 2, 2)
-    write(writer, [120])
-    writer.finish()
-    assert documents(tmp_path / "train.bin") == [(1, 11), (2, 31)]
-    assert read_files(tmp_path).keys() == {"meta.json", "train.bin", "val.bin"}
-
-
-@pytest.mark.parametrize("is_finished", [True, False])
-def test_the_files_of_another_job_are_only_replaced_with_overwrite(is_finished, tmp_path):
-    if is_finished:
-        finish_small(tmp_path)
-    else:
-        writer = BinsWriter(tmp_path, JOB, 100, overwrite=False)
-        write(writer, [8, 40])
-        writer.checkpoint()
-        writer.close()
     before = read_files(tmp_path)
     with pytest.raises(UserError, match="--overwrite"):
-        BinsWriter(tmp_path, OTHER_JOB, 100, overwrite=False)
+        BinsWriter(tmp_path, other, 100, overwrite=False)
     assert read_files(tmp_path) == before
 
-    writer = BinsWriter(tmp_path, OTHER_JOB, 100, overwrite=True)
-    assert writer.tokens == 0
+    writer = BinsWriter(tmp_path, other, 100, overwrite=True)
     write(writer, [80, 120])
-    if is_finished:  # which stays until the new files are complete
-        assert before.items() <= read_files(tmp_path).items()
     writer.finish()
     assert documents(tmp_path / "train.bin") == [(1, 31)]
-
-
-@pytest.mark.parametrize("sizes", [[], [100], [SHORT_BYTES]])
-def test_too_little_text_for_both_files_is_refused(sizes, tmp_path):
-    writer = BinsWriter(tmp_path, JOB, sum(sizes), overwrite=False)
-    write(writer, sizes)
-    with pytest.raises(UserError, match="too little text"):
-        writer.finish()
-    assert not (tmp_path / "train.bin").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -108,8 +70,7 @@ def test_too_little_text_for_both_files_is_refused(sizes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "val_fraction, numbers",
-    [(0.005, [0, 200, 400]), (0.3, [0, 4, 7, 10]), (0.3333333333333333, [0, 4, 7, 10])],
+    "val_fraction, numbers", [(0.005, [0, 200, 400]), (0.3333333333333333, [0, 4, 7, 10])]
 )
 def test_every_kth_document_goes_to_val_as_a_whole(val_fraction, numbers, tmp_path):
     train, val = written(tmp_path, [4000] * 500, val_fraction=val_fraction)
@@ -131,12 +92,9 @@ def test_a_val_fraction_of_many_digits_stays_regular_after_many_documents(tmp_pa
     "size, total, val_fraction, val_bytes",
     [
         (100_000, 10_000_000, 0.005, 100_000),  # twice the fraction: whole
-        (100_004, 10_000_000, 0.005, 50_000),
         (5_000_000, 10_000_000, 0.005, 50_000),
-        (SHORT_BYTES, SHORT_BYTES, 0.005, SHORT_BYTES),
         (10 * SHORT_BYTES, 10 * SHORT_BYTES, 0.005, SHORT_BYTES),
         (10_000, 10_000, 0.005, 5000),  # half is left for train.bin
-        (10_000, 10_000, 0.9, 5000),
         (1_000_000, 1000, 0.1, 100_000),  # the estimate was too low
     ],
 )
@@ -175,13 +133,6 @@ def test_documents_stay_whole_or_are_cut_once_and_batches_do_not_matter(
 # Opening
 
 
-def gpt2_ids(count):
-    """Return ids that are distributed like GPT-2's: mostly small, with an end-of-text at times."""
-    ids = (50_256 * np.random.default_rng(0).random(count) ** 3).astype("<u2")
-    ids[::97] = EOT
-    return ids
-
-
 def open_as(folder, ids, meta=None):
     """Open these ids, an array or bytes, as the train.bin of a folder, with a small model."""
     (folder / "train.bin").write_bytes(bytes(ids))
@@ -190,7 +141,9 @@ def open_as(folder, ids, meta=None):
     return open_tokens(folder, "train", block_size=32, vocab_size=50304)
 
 
-IDS = gpt2_ids(1000)
+# Distributed like GPT-2's: mostly small, with an end-of-text at times.
+IDS = (50_256 * np.random.default_rng(0).random(1000) ** 3).astype("<u2")
+IDS[::97] = EOT
 OWN = {"encoding": "gpt2", "vocab_size": 50257, "train": {"tokens": 1000}}
 SMALL = np.arange(1000, dtype="<u2") % 65
 
@@ -213,10 +166,8 @@ def test_good_files_are_opened(ids, meta, tmp_path):
 REFUSED = {
     "odd size": (bytes(IDS)[:-1], None),
     "cut": (IDS[:-1], OWN),
-    "longer": (gpt2_ids(1001), OWN),
     "short": (IDS[:32], None),
     "uint32": (IDS.astype("<u4"), None),
-    "int64": (IDS.astype("<i8"), None),
     "uint32 of GPT-2's vocabulary": (IDS.astype("<u4"), {"vocab_size": 50257}),
     "another encoding": (IDS, {"encoding": "cl100k_base"}),
     "large ids": (np.append(IDS, 50304).astype("<u2"), None),
@@ -230,19 +181,7 @@ def test_a_file_that_cannot_be_trained_on_is_refused(ids, meta, tmp_path):
         open_as(tmp_path, ids, meta)
 
 
-def test_a_missing_file_a_damaged_meta_json_and_nanogpts_meta_pkl_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"train\.bin"):
-        open_tokens(tmp_path, "train", 32, 50304)
+def test_characters_of_nanogpt_are_refused(tmp_path):
     (tmp_path / "meta.pkl").touch()
     with pytest.raises(UserError, match=r"train\.bin"):
         open_as(tmp_path, SMALL)
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(UserError, match=r"meta\.json"):
-        open_as(tmp_path, IDS)
-
-
-def test_the_recorded_largest_id_saves_a_pass_over_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(np.memmap, "max", lambda ids: 1 / 0)
-    open_as(tmp_path, IDS, {**OWN, "largest_id": {"train": EOT}})
-    with pytest.raises(ZeroDivisionError):
-        open_as(tmp_path, IDS, {**OWN, "largest_id": {"val": EOT}})

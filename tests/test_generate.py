@@ -8,7 +8,7 @@ from transformers.generation import logits_process
 
 from model import ARCHITECTURES, GPT, GPTConfig, KVCache
 from onenight.device import autocast
-from onenight.generate import Sampling, begin_document, draw, generate, penalize, read
+from onenight.generate import Sampling, begin_document, draw, generate, read
 from onenight.tokenizer import EOT, VOCAB_SIZE, get_encoding
 
 CPU = torch.device("cpu")
@@ -20,13 +20,13 @@ def plain_sampling(temperature=1.0, top_k=0, top_p=1.0):
     return Sampling(temperature, top_k, top_p)
 
 
-def make_model(block_size, architecture="gpt2", vocab_size=300):
+def make_model(block_size, architecture="gpt2"):
     """Return an untrained model with larger weights than usual, so that its predictions are clear
     and depend on the positions."""
     torch.manual_seed(0)
     config = GPTConfig(
         block_size=block_size,
-        vocab_size=vocab_size,
+        vocab_size=300,
         n_layer=3,
         n_head=4,
         n_embd=64,
@@ -45,9 +45,9 @@ def make_model(block_size, architecture="gpt2", vocab_size=300):
     return model
 
 
-def generated(model, prompt, n_tokens, sampling=GREEDY, rows=2, seed=0, step=None):
+def generated(model, prompt, n_tokens, sampling=GREEDY, rows=2, step=None):
     """Return the list of new ids of each sample."""
-    tokens = generate(model, prompt, rows, n_tokens, sampling, seed, "float32", step)
+    tokens = generate(model, prompt, rows, n_tokens, sampling, 0, "float32", step)
     return [list(sample) for sample in zip(*tokens)]
 
 
@@ -67,27 +67,12 @@ def greedy_without_cache(model, prompt, n_tokens, penalty=1.0):
     return ids[-n_tokens:]
 
 
-class Recorder:
-    """A model that records the shapes of its calls: rows, tokens, cache rows, cache slots."""
-
-    def __init__(self, model):
-        self.model = model
-        self.config = model.config
-        self.lm_head = model.lm_head
-        self.calls = []
-
-    def __call__(self, ids, cache, positions):
-        keys, _ = cache.layers[0]
-        self.calls.append((*ids.shape, keys.size(0), keys.size(2)))
-        return self.model(ids, cache=cache, positions=positions)
-
-
 # -----------------------------------------------------------------------------
 # generate()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("block_size, prompt_tokens", [(64, 3), (16, 16), (15, 40), (1, 1), (2, 3)])
+@pytest.mark.parametrize("block_size, prompt_tokens", [(64, 3), (15, 40), (1, 1)])
 def test_the_cache_gives_the_same_text_as_reading_everything_again(
     block_size, prompt_tokens, architecture
 ):
@@ -96,23 +81,6 @@ def test_the_cache_gives_the_same_text_as_reading_everything_again(
     expected = greedy_without_cache(model, prompt, 120)
     assert block_size < 15 or len(set(expected)) > 15  # it is not a loop
     assert generated(model, prompt, 120) == [expected, expected]
-
-
-def test_every_token_is_read_once_except_when_the_context_is_full():
-    model = Recorder(make_model(block_size=32))
-    generated(model, [1, 2, 3], 50, plain_sampling(), rows=4)
-    long_calls = [call for call in model.calls if call[1] > 1]
-    # The prompt once for all samples, then the half of each full context.
-    assert long_calls == [(1, 3, 1, 3), (4, 16, 4, 16), (4, 16, 4, 16)]
-    assert len(model.calls) == 50
-
-
-def test_the_same_seed_gives_the_same_samples_which_all_differ():
-    model = make_model(block_size=32)
-    first = generated(model, [1, 2, 3], 40, plain_sampling(), rows=5, seed=7)
-    assert len({tuple(sample) for sample in first}) == 5
-    assert generated(model, [1, 2, 3], 40, plain_sampling(), rows=5, seed=7) == first
-    assert generated(model, [1, 2, 3], 40, plain_sampling(), rows=5, seed=8) != first
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -155,10 +123,7 @@ def test_logits_in_bfloat16_are_the_same_with_and_without_the_cache():
     "case",
     [
         plain_sampling(),
-        plain_sampling(temperature=0.7),
         plain_sampling(temperature=1e-3, top_k=2),
-        plain_sampling(top_k=1),
-        plain_sampling(top_k=7),
         plain_sampling(top_k=1000),
         plain_sampling(top_p=0.8),
         plain_sampling(top_p=1e-9),
@@ -185,7 +150,7 @@ def test_tokens_are_drawn_with_transformers_probabilities(case):
     assert not counts[probs == 0].any()
 
 
-@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-40, 1e-20])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-20])
 def test_the_lowest_temperatures_take_the_most_likely_token(temperature):
     logits = torch.tensor([[-torch.inf, 1e4, 1.0, 1e4 + 1]]).expand(100, -1)
     drawn = draw(logits, plain_sampling(temperature), torch.Generator().manual_seed(0))
@@ -201,16 +166,7 @@ def test_ids_that_pad_the_vocabulary_are_never_drawn():
 
 
 def test_the_repetition_penalty_is_that_of_transformers():
-    torch.manual_seed(0)
-    logits = torch.randn(3, 40)
-    ids = torch.randint(40, (3, 25))
-    expected = logits_process.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
-    assert torch.equal(penalize(logits, ids, 1.3), expected)
-    assert torch.equal(penalize(logits, ids, 1.0), logits)
-
-
-def test_the_repetition_penalty_counts_all_of_the_text():
-    """Not only what is still in the context."""
+    """For all of the text, and not only what is still in the context."""
     model = make_model(block_size=16)
     (text,) = generated(model, [1, 2, 3], 60, Sampling(0, repetition_penalty=2.0), rows=1)
     assert text == greedy_without_cache(model, [1, 2, 3], 60, penalty=2.0)

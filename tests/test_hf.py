@@ -9,15 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPT2Model,
-    Qwen3ForCausalLM,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from helpers import logits_of_every_position
 from onenight.checkpoint import build_model
@@ -96,13 +88,9 @@ def assert_refused(folder, word):
 # Models
 
 
-@pytest.mark.parametrize(
-    "name, kind",
-    [("gpt2", GPT2LMHeadModel), ("gpt2-no-bias", GPT2LMHeadModel), ("qwen3", Qwen3ForCausalLM)],
-)
-def test_transformers_computes_the_same_logits(name, kind, folders):
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-no-bias", "qwen3"])
+def test_transformers_computes_the_same_logits(name, folders):
     model, report = AutoModelForCausalLM.from_pretrained(folders[name], output_loading_info=True)
-    assert isinstance(model, kind)
     assert model.dtype == torch.float32
     assert not any(report.values()), report
     with torch.no_grad():
@@ -144,21 +132,16 @@ def test_a_model_finetuned_and_saved_in_parts_by_transformers_is_read(name, fold
     assert_refused(tmp_path, last.name)
 
 
-@pytest.mark.parametrize("kind", [GPT2LMHeadModel, GPT2Model])
-def test_gpt2_saved_by_transformers_is_read(kind, tmp_path):
-    """With the head or, like OpenAI's own weights on the hub, without it: then the tensors have
-    other names, and masks are among them."""
-    set_seed(0)
+def test_a_folder_like_openais_on_the_hub_is_read(tmp_path):
+    """Without the head: the tensors have other names, and masks are among them."""
+    torch.manual_seed(0)
     sizes = {"n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 2}
     config = GPT2Config(**sizes, activation_function="gelu", initializer_range=0.5)
     reference = GPT2LMHeadModel(config).eval()
-    if kind is GPT2LMHeadModel:
-        reference.save_pretrained(tmp_path)
-    else:
-        reference.transformer.save_pretrained(tmp_path)
-        weights = load_file(tmp_path / "model.safetensors")
-        weights["h.0.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
-        save_file(weights, tmp_path / "model.safetensors")
+    reference.transformer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
+    save_file(weights, tmp_path / "model.safetensors")
     with torch.no_grad():
         theirs = reference(IDS).logits
     assert_same_logits(logits_of(read_folder(str(tmp_path))), theirs)
@@ -174,16 +157,11 @@ def test_gpt2_saved_by_transformers_is_read(kind, tmp_path):
         ("gpt2", "model_type", "llama"),
         ("gpt2", "activation_function", "quick_gelu"),
         ("gpt2", "scale_attn_by_inverse_layer_idx", True),
-        ("gpt2", "layer_norm_epsilon", 1e-6),
-        ("gpt2", "tie_word_embeddings", False),
         ("gpt2", "n_inner", 7),
         ("gpt2", "n_head", 5),
         ("qwen3", "num_key_value_heads", 1),
-        ("qwen3", "head_dim", 128),
         ("qwen3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
-        ("qwen3", "rms_norm_eps", 1e-5),
         ("qwen3", "attention_bias", True),
-        ("qwen3", "tie_word_embeddings", True),
     ],
 )
 def test_a_model_that_computes_something_else_is_refused(name, key, value, copy):
@@ -198,10 +176,7 @@ def test_a_model_that_computes_something_else_is_refused(name, key, value, copy)
         ("gpt2", "transformer.wpe.weight", torch.zeros(7, 32)),
         ("gpt2", "transformer.h.2.ln_1.bias", torch.zeros(32)),
         ("gpt2", "transformer.h.1.ln_2.weight", None),
-        ("gpt2", "transformer.wte.weight", None),
         ("gpt2", "lm_head.weight", torch.zeros(50257, 32)),  # another than the embeddings
-        ("qwen3", "model.norm.bias", torch.zeros(32)),
-        ("qwen3", "model.layers.1.self_attn.k_norm.weight", None),
         ("qwen3", "lm_head.weight", None),
     ],
 )
@@ -215,15 +190,12 @@ def test_a_tensor_that_is_missing_or_does_not_belong_is_refused(name, key, value
     assert_refused(folder, key)
 
 
-@pytest.mark.parametrize("has_model", [False, True])
-def test_a_folder_with_an_adapter_is_refused(has_model, copy):
+def test_a_folder_with_an_adapter_is_refused(copy):
     """Without the adapter, the model would write other text."""
     folder = copy(keep_tokenizer=False)
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "gpt2", "target_modules": ["c_attn"]}
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
-    if not has_model:
-        remove(folder, "model.safetensors")
     assert_refused(folder, "adapter")
 
 
@@ -232,17 +204,6 @@ def test_weights_in_the_old_format_which_may_contain_code_are_refused(copy):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     remove(folder, "model.safetensors")
     assert_refused(folder, "model.safetensors")
-
-
-def test_a_file_that_is_damaged_or_missing_is_refused(copy, tmp_path):
-    folder = copy(keep_tokenizer=False)
-    for file in ("model.safetensors", "config.json"):
-        content = (folder / file).read_bytes()
-        (folder / file).write_bytes(content[: len(content) // 2])
-        assert_refused(folder, "")
-        remove(folder, file)
-        assert_refused(folder, file)
-    assert_refused(tmp_path / "nowhere", "")
 
 
 # -----------------------------------------------------------------------------
@@ -288,7 +249,7 @@ def test_tokens_of_odd_texts_are_those_of_tiktoken(text, tokenizer):
 
 
 def test_tokens_of_random_texts_are_those_of_tiktoken(tokenizer):
-    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
     @hypothesis.given(strategies.text(strategies.characters(codec="utf-8")))
     def check(text):
         assert_same_tokens(tokenizer, text)
@@ -302,8 +263,8 @@ def test_tokens_of_random_texts_are_those_of_tiktoken(tokenizer):
 
 @pytest.mark.parametrize(
     "missing",
-    [("vocab.json", "merges.txt"), ("tokenizer.json", "tokenizer_config.json"), TOKENIZER_FILES],
-    ids=["tokenizer.json", "vocab.json", "none"],
+    [("vocab.json", "merges.txt"), ("tokenizer.json", "tokenizer_config.json")],
+    ids=["tokenizer.json", "vocab.json"],
 )
 def test_gpt2s_tokenizer_is_accepted_in_each_form(missing, copy):
     folder = copy()
@@ -322,59 +283,28 @@ def with_chat_tokens(folder):
     tokenizer.save_pretrained(folder)
 
 
-def with_added_tokens_json(folder):
-    """As slow tokenizers had them, beside vocab.json and merges.txt."""
-    remove(folder, "tokenizer.json")
-    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 50257}))
-
-
-def with_added_tokens_decoder(folder):
-    """As later slow tokenizers had them."""
-    remove(folder, "tokenizer.json")
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    token = {"content": "<|im_start|>", "special": True, **flags}
-    edit_json(folder / "tokenizer_config.json", {"added_tokens_decoder": {"50257": token}})
-
-
 def with_two_letters_swapped(folder):
     remove(folder, "tokenizer.json")
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     edit_json(folder / "vocab.json", {"a": vocab["b"], "b": vocab["a"]})
 
 
-def without_the_last_merge(folder):
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    left, right = content["model"]["merges"].pop()
-    del content["model"]["vocab"][left + right]
-    edit_json(folder / "tokenizer.json", content)
-
-
 def with_a_space_before_the_text(folder):
     edit_json(folder / "tokenizer_config.json", {"add_prefix_space": True})
 
 
-def with_a_normalizer(kind, tokenizer_class):
-    def change(folder):
-        edit_json(folder / "tokenizer.json", {"normalizer": {"type": kind}})
-        edit_json(folder / "tokenizer_config.json", {"tokenizer_class": tokenizer_class})
-
-    return change
+def with_a_normalizer(folder):
+    """transformers leaves it out, because of the tokenizer's class; other programs do not."""
+    edit_json(folder / "tokenizer.json", {"normalizer": {"type": "NFC"}})
 
 
 @pytest.mark.parametrize(
     "change, word",
     [
         (with_chat_tokens, "<|im_end|>, <|im_start|>"),
-        (with_added_tokens_json, "<|im_start|>"),
-        (with_added_tokens_decoder, "<|im_start|>"),
         (with_two_letters_swapped, "a, b"),
-        (without_the_last_merge, "gazed"),
         (with_a_space_before_the_text, "tokenizer"),
-        # transformers leaves this out, because of the class; other programs do not.
-        (with_a_normalizer("Lowercase", "GPT2Tokenizer"), "tokenizer"),
-        (with_a_normalizer("Lowercase", "PreTrainedTokenizerFast"), "tokenizer"),
-        (with_a_normalizer("NFC", "PreTrainedTokenizerFast"), "tokenizer"),
-        (with_a_normalizer("NFKC", "PreTrainedTokenizerFast"), "tokenizer"),
+        (with_a_normalizer, "tokenizer"),
     ],
 )
 def test_a_tokenizer_with_other_tokens_or_rules_is_refused(change, word, copy):

@@ -13,7 +13,6 @@ from onenight.int8 import resolve_int8, set_int8
 from onenight.plan import gains_enough
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64}
-CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 
 
@@ -28,38 +27,34 @@ def relative_error(found, expected):
     return (found - expected).norm() / expected.norm()
 
 
-def make_models(bias=False):
+def make_models():
     """Return a model, and the same with int8 products."""
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(**SHAPE, bias=bias))
-    if bias:
-        torch.nn.init.normal_(gpt.transformer.h[0].mlp.c_fc.bias)
+    gpt = GPT(GPTConfig(**SHAPE))
+    torch.nn.init.normal_(gpt.transformer.h[0].mlp.c_fc.bias)
     other = deepcopy(gpt)
     set_int8(other, True)
     return gpt, other
 
 
-def make_layers(bias=False):
+def make_layers():
     """Return one of the linear layers of both models."""
-    return [gpt.transformer.h[0].mlp.c_fc for gpt in make_models(bias)]
+    return [gpt.transformer.h[0].mlp.c_fc for gpt in make_models()]
 
 
 # -----------------------------------------------------------------------------
 # The products
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_outputs_and_gradients_are_products_of_rounded_matrices(bias):
-    plain, layer = make_layers(bias)
+def test_outputs_and_gradients_are_products_of_rounded_matrices():
+    plain, layer = make_layers()
     x = torch.randn(2, 16, 32, requires_grad=True)
     grad = torch.randn(2, 16, 128)
     y = layer(x)
     y.backward(grad)
 
     rows, weight, grads = x.detach().flatten(0, 1), plain.weight.detach(), grad.flatten(0, 1)
-    expected = rounded(rows, 1) @ rounded(weight, 1).T
-    if bias:
-        expected += plain.bias.detach()
+    expected = rounded(rows, 1) @ rounded(weight, 1).T + plain.bias.detach()
     # float32, whose quotients may lie on the other side of a half: one step of one number.
     assert torch.allclose(y.flatten(0, 1), expected, atol=1e-4)
     assert not torch.allclose(y, plain(x), atol=1e-4)
@@ -71,8 +66,7 @@ def test_outputs_and_gradients_are_products_of_rounded_matrices(bias):
     expected = rounded(grads * scales, 0).T @ (rows / scales).round()
     assert torch.allclose(layer.weight.grad, expected, atol=1e-4)
     assert relative_error(layer.weight.grad, grads.T @ rows) < 0.02  # about 0.007 for each operand
-    if bias:
-        assert torch.allclose(layer.bias.grad, grads.sum(0), atol=1e-5)
+    assert torch.allclose(layer.bias.grad, grads.sum(0), atol=1e-5)
 
 
 def test_gradients_may_be_as_small_as_in_large_batches():
@@ -112,17 +106,15 @@ def test_compiled_it_is_the_same_up_to_rounding():
         assert torch.allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_trainer_computes_as_if_it_had_always_had_the_present_setting(bins, compiled):
-    """To the bit, also under torch.compile, which must not take the code of the other setting."""
+def test_a_trainer_computes_as_if_it_had_always_had_the_present_setting(bins):
+    """To the bit, under torch.compile, which must not take the code of the other setting."""
     settings = {**MUON, "n_layer": 1, "dropout": 0.1}
     trainer, without, with_int8 = (
         make_trainer(bins, **settings, int8=int8) for int8 in (False, False, True)
     )
-    if compiled:
-        for each in (trainer, without, with_int8):
-            # Without Inductor, which takes minutes and has no say in this.
-            each.compiled_model = torch.compile(each.model, backend="aot_eager", dynamic=False)
+    for each in (trainer, without, with_int8):
+        # Without Inductor, which takes minutes and has no say in this.
+        each.compiled_model = torch.compile(each.model, backend="eager", dynamic=False)
 
     def train_as(other):
         assert trainer.config == other.config
@@ -157,110 +149,77 @@ def pretend(monkeypatch):
     return pretend
 
 
-@pytest.fixture
-def no_torchao(monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torchao", None)
-
-
 GEFORCE = "NVIDIA GeForce RTX 4070"
 
 
 @pytest.mark.parametrize(
-    "int8, name, capability, earlier, expected",
+    "int8, name, capability, dtype, earlier, expected",
     [
-        ("auto", GEFORCE, (8, 9), None, "auto"),  # to be measured
-        ("auto", "NVIDIA GeForce RTX 2080 Ti", (7, 5), None, False),
-        ("auto", "NVIDIA H100 80GB HBM3", (9, 0), None, False),
-        ("auto", GEFORCE, (8, 9), True, True),  # a resumed run keeps what it had
-        ("auto", GEFORCE, (8, 9), False, False),
-        ("auto", "NVIDIA H100 80GB HBM3", (9, 0), True, True),
-        (True, "NVIDIA H100 80GB HBM3", (9, 0), None, True),
-        (True, GEFORCE, (8, 9), False, True),
-        (False, GEFORCE, (8, 9), True, False),
+        ("auto", GEFORCE, (8, 9), "bfloat16", None, "auto"),  # to be measured
+        ("auto", GEFORCE, (8, 9), "float16", None, False),
+        ("auto", "NVIDIA GeForce RTX 2080 Ti", (7, 5), "float16", None, False),
+        ("auto", "NVIDIA H100 80GB HBM3", (9, 0), "bfloat16", None, False),
+        # A resumed run keeps what it had.
+        ("auto", "NVIDIA H100 80GB HBM3", (9, 0), "bfloat16", True, True),
+        (False, GEFORCE, (8, 9), "bfloat16", True, False),
     ],
 )
 def test_int8_is_chosen_by_the_card_and_by_what_a_resumed_run_had(
-    int8, name, capability, earlier, expected, pretend
+    int8, name, capability, dtype, earlier, expected, pretend
 ):
     pretend(name, capability)
-    assert resolve_int8(int8, CUDA, earlier) == expected
+    assert resolve_int8(int8, CUDA, dtype, earlier) == expected
 
 
-@pytest.mark.parametrize("int8", ["auto", True, False])
-def test_a_cpu_uses_int8_only_if_it_is_asked_for(int8):
-    assert resolve_int8(int8, CPU, None) is (int8 is True)
-
-
-def test_auto_without_torchao_goes_on_and_says_what_to_install(pretend, no_torchao, capsys):
+def test_int8_is_refused_in_float16_whose_range_is_too_small(pretend):
     pretend(GEFORCE)
-    assert resolve_int8("auto", CUDA, None) is False
+    with pytest.raises(UserError, match="int8"):
+        resolve_int8(True, CUDA, "float16", None)
+
+
+def test_without_torchao_auto_goes_on_and_true_is_refused(pretend, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    pretend(GEFORCE)
+    assert resolve_int8("auto", CUDA, "bfloat16", None) is False
     assert "pip install torchao" in capsys.readouterr().out
-
-
-def test_int8_without_torchao_is_refused(no_torchao):
     with pytest.raises(UserError, match="pip install torchao"):
-        resolve_int8(True, CPU, None)
+        resolve_int8(True, CUDA, "bfloat16", None)
 
 
-def test_int8_is_refused_on_devices_that_do_not_have_it(pretend):
-    with pytest.raises(UserError, match="int8"):
-        resolve_int8(True, torch.device("mps"), None)
-    pretend("Tesla T4", (7, 5))
-    with pytest.raises(UserError, match="int8"):
-        resolve_int8(True, CUDA, None)
-
-
-@pytest.mark.parametrize("with_int8_s, is_used", [(0.9, True), (0.96, False), (1.5, False)])
-def test_int8_is_used_if_it_gains_five_percent(with_int8_s, is_used, capsys):
-    assert gains_enough(1.0, with_int8_s) == is_used
-    assert f"{1 / with_int8_s:.2f}" in capsys.readouterr().out
+def test_int8_is_used_if_it_gains_five_percent():
+    assert gains_enough(1.0, 0.94)
+    assert not gains_enough(1.0, 0.96)
 
 
 # -----------------------------------------------------------------------------
 # In whole runs
 
-SETTINGS = {**MUON, "eval_tokens": 2500}
+SETTINGS = {**MUON, "n_layer": 1, "eval_tokens": 2500, "eval_interval": 100}
 
 
-@pytest.fixture(scope="module")
-def int8_run(bins, tmp_path_factory):
-    """The folder of a whole run with --int8."""
-    out_dir = tmp_path_factory.mktemp("int8")
-    result = train_here(bins, out_dir, **SETTINGS, int8=True)
-    assert result.returncode == 0, result.stderr
-    return out_dir
-
-
-def test_a_run_learns_as_much_as_without(int8_run, bins, tmp_path):
-    assert train_here(bins, tmp_path, **SETTINGS, int8=False).returncode == 0
-    val_losses = [metrics(out_dir)[-1]["val_loss"] for out_dir in (int8_run, tmp_path)]
+def test_a_run_learns_as_much_as_without_and_its_checkpoint_is_an_ordinary_one(bins, tmp_path):
+    val_losses = []
+    for name, int8 in (("int8", True), ("plain", False)):
+        result = train_here(bins, tmp_path / name, **SETTINGS, int8=int8, max_iters=25)
+        assert result.returncode == 0, result.stderr
+        val_losses.append(metrics(tmp_path / name)[-1]["val_loss"])
     assert val_losses[0] != val_losses[1]
-    # The loss falls from 5.5 to 3.2.
-    assert val_losses[0] == pytest.approx(val_losses[1], abs=0.02)
+    # The loss falls from 5.5 to 4.3.
+    assert val_losses[0] == pytest.approx(val_losses[1], abs=0.001)
+
+    changes = {"init_from": tmp_path / "int8" / "ckpt.pt", "max_iters": 1}
+    result = train_here(bins, tmp_path / "new", **SETTINGS, **changes)
+    assert result.returncode == 0, result.stderr
+    assert metrics(tmp_path / "new")[0]["val_loss"] == val_losses[0]
 
 
 def test_a_run_with_int8_is_resumed_with_it_by_auto(bins, tmp_path):
     """On a CPU, auto means False for a new run."""
-    settings = {**MUON, "eval_tokens": 512}
-    assert train_here(bins, tmp_path, **settings, int8=True, max_iters=2).returncode == 0
-    changes = {"int8": "auto", "init_from": "resume", "max_iters": 4}
-    resumed = train_here(bins, tmp_path, **settings, **changes)
+    assert train_here(bins, tmp_path, **SETTINGS, int8=True, max_iters=1).returncode == 0
+    changes = {"int8": "auto", "init_from": "resume", "max_iters": 2}
+    resumed = train_here(bins, tmp_path, **SETTINGS, **changes)
     assert resumed.returncode == 0, resumed.stderr
     assert "changed since: int8" not in resumed.stdout
     assert load(tmp_path)["config"]["int8"] is True
-    explicit = {**changes, "int8": False, "max_iters": 5}
-    assert "int8 True -> False" in train_here(bins, tmp_path, **settings, **explicit).stdout
-
-
-def test_a_checkpoint_of_int8_is_an_ordinary_one(int8_run, bins, tmp_path):
-    weights = load(int8_run)["model"]
-    plain = make_trainer(bins, **MUON).model.state_dict()
-    assert {name: (value.shape, value.dtype) for name, value in weights.items()} == {
-        name: (value.shape, value.dtype) for name, value in plain.items()
-    }
-    changes = {"init_from": int8_run / "ckpt.pt", "max_iters": 2}
-    result = train_here(bins, tmp_path, **SETTINGS, **changes)
-    assert result.returncode == 0, result.stderr
-    assert metrics(tmp_path)[0]["val_loss"] == metrics(int8_run)[-1]["val_loss"]

@@ -8,47 +8,30 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import model as model_module
 from helpers import gpt2_of, logits_of_every_position, qwen3_names, qwen3_of
-from model import CHUNK_ROWS, GPT, IGNORED, Block, GPTConfig, add_product, linear_cross_entropy
-from onenight.device import compile_works
+from model import CHUNK_ROWS, GPT, IGNORED, Block, GPTConfig, linear_cross_entropy
 
 SHAPE = {"block_size": 16, "vocab_size": 61, "n_layer": 3, "n_head": 4, "n_embd": 32}
 WIDER = {"block_size": 64, "vocab_size": 500, "n_layer": 6, "n_head": 4, "n_embd": 64}
 VARIANTS = [("gpt2", True), ("gpt2", False), ("qwen3", False)]  # architecture, bias
 
 
-def random_model(architecture="gpt2", bias=False):
-    """Return a model whose weights, biases and gains are all random."""
+def pair(architecture, bias):
+    """Return a model and transformers' with the same weights, biases and gains, all of them random:
+    GPT-2 in float64, Qwen3 in float32, as its norms compute."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE, bias=bias, architecture=architecture))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.25)
-    return model
-
-
-def pair(architecture, bias):
-    """Return a model and transformers' with the same weights: GPT-2 in float64, Qwen3 in float32,
-    as its norms compute."""
-    model = random_model(architecture, bias)
     checkpoint = {"model_args": asdict(model.config), "model": model.state_dict()}
     if architecture == "qwen3":
         return model, qwen3_of(checkpoint)
     return model.double(), gpt2_of(checkpoint).double()
-
-
-def transposed_names(reference):
-    """Return the names of the matrices that transformers keeps as (in, out), as OpenAI did."""
-    return {
-        f"{name}.weight" for name, module in reference.named_modules() if isinstance(module, Conv1D)
-    }
 
 
 def random_ids(n_rows, n_columns):
@@ -72,9 +55,6 @@ def test_the_logits_are_those_of_transformers(architecture, bias):
     logits, loss = model(idx)
     torch.testing.assert_close(logits, expected[:, [-1]], rtol=0, atol=tolerance)
     assert loss is None
-    # A position does not see later ones.
-    beginning = logits_of_every_position(model, idx[:, :5])
-    torch.testing.assert_close(ours[:, :5], beginning, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("architecture, bias", VARIANTS)
@@ -93,28 +73,13 @@ def test_the_loss_and_the_gradients_are_those_of_transformers(architecture, bias
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     if architecture == "qwen3":
         ours = qwen3_names(ours)
-    transposed = transposed_names(reference)
+    # OpenAI kept these matrices as (in, out), and transformers does.
+    transposed = {name for name, module in reference.named_modules() if isinstance(module, Conv1D)}
     theirs = dict(reference.named_parameters())
     for name, gradient in ours.items():
-        expected = theirs[name].grad.T if name in transposed else theirs[name].grad
+        is_transposed = name.removesuffix(".weight") in transposed
+        expected = theirs[name].grad.T if is_transposed else theirs[name].grad
         assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_gpt2_has_the_names_and_shapes_of_openai(bias):
-    config = GPT2Config(vocab_size=61, n_positions=16, n_embd=32, n_layer=3, n_head=4)
-    reference = GPT2LMHeadModel(config)
-    transposed = transposed_names(reference)
-    expected = {}
-    for name, parameter in reference.named_parameters():
-        shape = parameter.shape[::-1] if name in transposed else parameter.shape
-        if bias or not name.endswith(".bias"):
-            expected[name] = shape
-    model = GPT(GPTConfig(**SHAPE, bias=bias))
-    assert {name: parameter.shape for name, parameter in model.named_parameters()} == expected
-    # nanoGPT saves the tied head as well.
-    assert set(model.state_dict()) == {*expected, "lm_head.weight"}
-    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_the_numbers_of_parameters_and_flops_are_the_known_ones():
@@ -122,22 +87,8 @@ def test_the_numbers_of_parameters_and_flops_are_the_known_ones():
         gpt2 = GPT(GPTConfig(vocab_size=50257, bias=True))
         nanogpt = GPT(GPTConfig(vocab_size=50304, bias=False))
         qwen3 = GPT(GPTConfig(bias=False, n_head=6, architecture="qwen3"))
-        gpt2_reference = GPT2LMHeadModel(GPT2Config())
-        config = Qwen3Config(
-            vocab_size=50304,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=6,
-            num_key_value_heads=6,
-            head_dim=128,
-            tie_word_embeddings=False,
-        )
-        qwen3_reference = Qwen3ForCausalLM(config)
-    assert gpt2.get_num_params(non_embedding=False) == gpt2_reference.num_parameters()
-    assert gpt2_reference.num_parameters() == 124_439_808
+    assert gpt2.get_num_params(non_embedding=False) == 124_439_808  # as OpenAI's
     assert nanogpt.get_num_params() == 123_587_328  # nanoGPT prints "123.59M"
-    assert qwen3.get_num_params() == qwen3_reference.num_parameters()
     matrices = 12 * 12 * 768**2 + 50304 * 768  # the embeddings are looked up, not multiplied
     gains = 12 * (2 * 768 + 2 * 128)
     assert qwen3.flops_per_token() == 6 * (matrices + gains) + 12 * 12 * 768 * 1024
@@ -169,7 +120,7 @@ def test_the_initial_weights_have_their_standard_deviations(architecture, bias):
 
 
 # -----------------------------------------------------------------------------
-# Dropout, and impossible shapes
+# Dropout
 
 
 def test_dropout_is_active_in_training_only():
@@ -200,25 +151,9 @@ def test_dropout_reaches_the_embeddings_the_attention_and_both_branches():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-def test_more_tokens_than_block_size_are_refused():
-    with pytest.raises(ValueError, match="17"):
-        GPT(GPTConfig(**SHAPE))(random_ids(1, 17))
-
-
-@pytest.mark.parametrize(
-    "shape, word",
-    [
-        ({"n_embd": 512, "n_head": 12}, "n_head"),
-        ({"n_layer": 0}, "n_layer"),
-        ({"vocab_size": 0}, "vocab_size"),
-        ({"architecture": "llama"}, "llama"),
-        ({"architecture": "qwen3", "bias": True}, "bias"),
-        ({"architecture": "qwen3", "bias": False, "n_embd": 36, "n_head": 12}, "n_embd"),
-    ],
-)
-def test_an_impossible_shape_is_refused(shape, word):
-    with pytest.raises(ValueError, match=word):
-        GPTConfig(**shape)
+def test_qwen3_has_no_biases():
+    with pytest.raises(ValueError, match="bias"):
+        GPTConfig(architecture="qwen3", bias=True)
 
 
 # -----------------------------------------------------------------------------
@@ -244,11 +179,12 @@ def plain_cross_entropy(x, weight, targets):
     return F.cross_entropy(F.linear(x, weight), targets, ignore_index=IGNORED)
 
 
-def loss_and_gradients(loss_function, x, weight, targets, scale=1.0):
+def loss_and_gradients(loss_function, x, weight, targets):
+    """Return the loss, and the gradients as a GradScaler scales them."""
     x = x.clone().requires_grad_()
     weight = weight.clone().requires_grad_()
     loss = loss_function(x, weight, targets)
-    (loss * scale).backward()
+    (loss * 2.0**16).backward()
     return loss.detach(), x.grad, weight.grad
 
 
@@ -269,19 +205,14 @@ def relative_error(value, truth):
     "rows, ignored",
     [
         (1, None),
-        (CHUNK_ROWS - 1, None),
-        (CHUNK_ROWS, slice(0, None, 3)),
         (CHUNK_ROWS + 1, slice(-1, None)),  # the whole last chunk
-        (2 * CHUNK_ROWS + 77, None),
         (2 * CHUNK_ROWS + 77, slice(5, CHUNK_ROWS + 500)),
-        (2 * CHUNK_ROWS + 77, slice(0, CHUNK_ROWS)),  # the whole first chunks
     ],
 )
-@pytest.mark.parametrize("scale", [1.0, 2.0**16], ids=["", "GradScaler"])
-def test_loss_and_gradients_are_those_of_cross_entropy(rows, ignored, scale):
+def test_loss_and_gradients_are_those_of_cross_entropy(rows, ignored):
     arguments = example(rows, ignored)
-    expected = loss_and_gradients(plain_cross_entropy, *arguments, scale)
-    for ours, theirs in zip(loss_and_gradients(linear_cross_entropy, *arguments, scale), expected):
+    expected = loss_and_gradients(plain_cross_entropy, *arguments)
+    for ours, theirs in zip(loss_and_gradients(linear_cross_entropy, *arguments), expected):
         assert ours.dtype == torch.float64
         assert relative_error(ours, theirs) < 1e-10  # some thousand sums, each rounded at 1e-16
     x, *rest = arguments
@@ -299,9 +230,8 @@ def test_large_logits_do_not_overflow():
         assert relative_error(ours, theirs) < 1e-10
 
 
-@pytest.mark.parametrize("rows", [CHUNK_ROWS, 16 * CHUNK_ROWS + 100], ids=["2 chunks", "33 chunks"])
-def test_in_bfloat16_it_is_as_accurate_as_cross_entropy(rows):
-    x, weight, targets = example(rows, slice(0, None, 7), dtype=torch.float32)
+def test_in_bfloat16_it_is_as_accurate_as_cross_entropy():
+    x, weight, targets = example(16 * CHUNK_ROWS + 100, slice(0, None, 7), dtype=torch.float32)
     truth = loss_and_gradients(plain_cross_entropy, x.double(), weight.double(), targets)
     theirs = loss_and_gradients(autocast(plain_cross_entropy), x, weight, targets)
     ours = loss_and_gradients(autocast(linear_cross_entropy), x, weight, targets)
@@ -313,33 +243,8 @@ def test_in_bfloat16_it_is_as_accurate_as_cross_entropy(rows):
         assert relative_error(value, expected) < 1.5 * relative_error(other, expected)
 
 
-def test_more_chunks_need_no_more_memory():
-    """Beside their gradients, which are small here: 0.1 GB of logits, of 0.5 MB of inputs."""
-
-    def peak_bytes(rows):
-        with FakeTensorMode(), MemTracker() as tracker, torch.autocast("cpu", torch.bfloat16):
-            x = torch.zeros(rows, C, requires_grad=True)
-            weight = torch.zeros(50304, C, requires_grad=True)
-            linear_cross_entropy(x, weight, torch.zeros(rows, dtype=torch.long))
-        return max(size["Total"] for size in tracker.get_tracker_snapshot("peak").values())
-
-    one = peak_bytes(CHUNK_ROWS // 2)
-    assert one > 2e8
-    assert peak_bytes(3 * CHUNK_ROWS // 2) < 1.05 * one
-
-
 # -----------------------------------------------------------------------------
 # Compiled
-
-
-def test_compiled_the_loss_is_the_same():
-    if not compile_works(torch.device("cpu")):
-        pytest.skip("torch.compile does not work on this machine")
-    compiled = torch.compile(linear_cross_entropy, dynamic=False)
-    arguments = example(CHUNK_ROWS + 10, slice(0, 20))
-    eager = loss_and_gradients(linear_cross_entropy, *arguments)
-    for ours, theirs in zip(loss_and_gradients(compiled, *arguments), eager):
-        assert relative_error(ours, theirs) < 1e-10
 
 
 def test_traced_for_the_compiler_it_is_the_same_in_bfloat16_and_without_gradients(monkeypatch):
@@ -393,23 +298,11 @@ def on_a_fake_gpu():
             torch.clear_autocast_cache()
 
 
-class Operators(TorchDispatchMode):
-    """Notes each operator that computes, and the number formats that it reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        formats = {x.dtype for x in arguments if isinstance(x, torch.Tensor)}
-        self.calls.append((operator, formats))
-        return operator(*arguments, **(options or {}))
-
-
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize("architecture, bias", VARIANTS)
-def test_everything_large_in_a_block_is_in_bfloat16(architecture, bias, monkeypatch):
-    """What attention and the other products read, and the residual stream."""
+def test_what_attention_reads_and_the_residual_stream_are_in_bfloat16(
+    architecture, bias, monkeypatch
+):
     config = GPTConfig(n_embd=32, n_head=2, bias=bias, architecture=architecture)
     with torch.device("meta"):
         block = Block(config, layer=0).requires_grad_(False)
@@ -420,25 +313,10 @@ def test_everything_large_in_a_block_is_in_bfloat16(architecture, bias, monkeypa
         return v
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    with on_a_fake_gpu(), Operators() as operators:
+    with on_a_fake_gpu():
         block = block.to_empty(device="cuda")
         x = torch.zeros(2, 8, 32, dtype=torch.bfloat16)
         rotation = torch.zeros(2, 8, 1, 8) if config.parts.rotary_positions else None
         y = block(x, rotation)
     assert attended == [torch.bfloat16] * 3
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    read = [formats for operator, formats in operators.calls if operator in products]
-    assert read == [{torch.bfloat16}] * (5 if config.parts.gated_mlp else 4)
     assert y.dtype == torch.bfloat16
-
-
-def test_the_gradient_of_the_head_is_one_product_that_sums_in_float32():
-    """(Products with `out`, as for later chunks, cannot be traced.)"""
-    with on_a_fake_gpu():
-        a = torch.zeros(40, 8, dtype=torch.bfloat16)
-        b = torch.zeros(8, 16, dtype=torch.bfloat16)
-        with Operators() as operators:
-            total = add_product(None, a, b, torch.float32)
-    assert total.dtype == torch.float32
-    computed = [call for call in operators.calls if call[0] is not torch.ops.prim.device.default]
-    assert computed == [(torch.ops.aten.mm.dtype, {torch.bfloat16})]

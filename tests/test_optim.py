@@ -1,14 +1,12 @@
 """optim.py and muon.py: which optimizer updates which parameters, at which rates, and how."""
 
-from copy import deepcopy
-
 import pytest
 import torch
 
-from helpers import MUON, make_trainer, step
+from helpers import MUON
 from model import GPT, GPTConfig
 from onenight.muon import Muon
-from onenight.optim import learning_rates, make_optimizers, set_rates, state_numbers
+from onenight.optim import learning_rates, make_optimizers, set_rates
 from onenight.settings import TrainConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
@@ -97,15 +95,13 @@ def test_each_group_has_its_own_rate_and_the_metrics_name_it():
     )
 
 
-def test_only_the_rates_that_are_set_are_recorded():
-    config, _, optimizers = make(learning_rate=1e-3, embedding_lr=1e-2)
-    assert learning_rates(optimizers, config) == {"lr": 1e-3, "lr_embedding": 1e-2}
-
-
 def test_lookahead_and_slow_momentum_have_their_parts_of_the_run():
-    """The lookahead from 500/3150 to 2400/3150, the slow momentum from 1000/3250 on."""
-    config, _, optimizers = make(**MUON, warmup_iters=0, warmdown=0.5, min_lr=0.0)
+    """The lookahead from 500/3150 to 2400/3150, the slow momentum from 1000/3250 on, and the mean
+    displacement over a 32nd of the iterations."""
+    settings = {"max_iters": 6400, "warmup_iters": 0, "warmdown": 0.5, "min_lr": 0.0}
+    config, _, optimizers = make(**MUON, **settings)
     (group,) = optimizers["muon"].param_groups
+    assert group["displacement_beta"] == pytest.approx(1 - 1 / 200)
     lookaheads = []
     shares = []
     for fraction in (0, 0.15, 0.16, 0.30, 0.31, 0.5, 0.75, 0.762):
@@ -115,29 +111,6 @@ def test_lookahead_and_slow_momentum_have_their_parts_of_the_run():
     # The lookahead follows the learning rate.
     assert lookaheads == pytest.approx([0.0, 0.0, 0.6, 0.6, 0.6, 0.6, 0.3, 0.0])
     assert shares == [0.0] * 4 + [0.5615] * 4
-
-
-@pytest.mark.parametrize("max_iters, beta", [(6400, 1 - 1 / 200), (100, 1 - 1 / 10)])
-def test_the_mean_displacement_reaches_back_over_a_part_of_the_run(max_iters, beta):
-    _, _, optimizers = make(**MUON, max_iters=max_iters)
-    (group,) = optimizers["muon"].param_groups
-    assert group["displacement_beta"] == pytest.approx(beta)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"bias": True}, MUON, {**MUON, "architecture": "gpt2"}],
-    ids=["adamw", "biases", "muon", "muon with gpt2"],
-)
-def test_the_predicted_state_is_what_the_optimizers_keep(settings, bins):
-    trainer = make_trainer(bins, **settings)
-    for _ in range(2):
-        step(trainer)
-    numbers = 0
-    for optimizer in trainer.optimizers.values():
-        for state in optimizer.state.values():
-            numbers += sum(value.numel() for value in state.values() if value.dim() > 0)
-    assert state_numbers(trainer.model, trainer.config) == numbers
 
 
 # -----------------------------------------------------------------------------
@@ -224,8 +197,6 @@ class PlainMuon:
 
 # The options of Muon, and the share of the slow momentum in each of six iterations.
 IMPROVEMENTS = {
-    "none": ({}, 6 * [0.0]),
-    "decay": ({"weight_decay": 0.1}, 6 * [0.0]),
     "NorMuon": ({"row_norm": True}, 6 * [0.0]),
     "cautious decay": ({"weight_decay": 0.1, "cautious": True}, 6 * [0.0]),
     "EMA-Nesterov": ({"lookahead": 0.6}, 6 * [0.0]),
@@ -274,31 +245,11 @@ def test_without_the_improvements_it_is_torchs_muon(monkeypatch):
         assert (one - other).abs().max() < 5 * LR * scale * BFLOAT16_TOLERANCE
 
 
-@pytest.mark.parametrize("supported", [True, False], ids=["bfloat16", "float32"])
-def test_without_a_gradient_yet_the_weights_stay(supported, monkeypatch):
+def test_without_a_gradient_yet_the_weights_stay():
     """As in the blocks of a new model whose head is zero."""
-    set_bfloat16(monkeypatch, supported)
     weights = make_weights()
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     Muon(weights, lr=LR, row_norm=True, cautious=True, lookahead=0.5, slow_share=0.5).step()
     for weight, start in zip(weights, make_weights()):
         assert torch.equal(weight, start)
-
-
-def test_its_state_can_be_saved_and_loaded():
-    options = {"lr": LR, "row_norm": True, "cautious": True, "lookahead": 0.5, "slow_share": 0.5}
-    runs = []
-    for is_interrupted in (False, True):
-        weights = make_weights()
-        optimizer = Muon(weights, **options)
-        for i in range(5):
-            if i == 2 and is_interrupted:
-                state = deepcopy(optimizer.state_dict())
-                optimizer = Muon(weights, **options)
-                optimizer.load_state_dict(state)
-            set_gradients(weights, seed=i)
-            optimizer.step()
-        runs.append(weights)
-    for one, other in zip(*runs):
-        assert torch.equal(one, other)

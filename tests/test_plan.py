@@ -1,7 +1,6 @@
 """The plan: the memory and the time that a run is expected to take, calculated or measured."""
 
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,26 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import train as train_script
-from helpers import (
-    MUON,
-    SmallMemory,
-    assert_one_sentence,
-    load,
-    losses,
-    make_config,
-    make_trainer,
-    run_here,
-    step,
-    train_here,
-)
-from model import GPT, GPTConfig, cross_entropy_and_gradient, linear_cross_entropy
+from helpers import MUON, SmallMemory, load, losses, make_trainer, run_here, step, train_here
+from model import GPT, GPTConfig, cross_entropy_and_gradient
 from onenight import plan as plan_module
 from onenight.distributed import Ranks
 from onenight.optim import make_optimizers
-from onenight.plan import CARDS, Speed, make_plan, measure, predict_memory
-from onenight.process import StopSignal
+from onenight.plan import Speed, make_plan, measure, predict_memory
 from onenight.settings import TrainConfig
-from onenight.trainer import Trainer
 
 DROPOUT = {"dropout": 0.1}
 
@@ -44,10 +30,10 @@ SHAPES = [("gpt2", False, 16), ("gpt2", True, 3), ("qwen3", False, 8)]
 
 
 def make_model(architecture, bias, **settings):
-    """Return the config and the model of four layers of GPT-2's width, in bfloat16."""
+    """Return the config and the model of two layers of GPT-2's width, in bfloat16."""
     if architecture == "qwen3":
         settings = {"optimizer": "muon", "embedding_lr": 0.1, "head_lr": 0.1, **settings}
-    settings = {"n_layer": 4, "bias": bias, "architecture": architecture, **settings}
+    settings = {"n_layer": 2, "bias": bias, "architecture": architecture, **settings}
     config = TrainConfig(dtype="bfloat16", **settings)
     return config, GPT(GPTConfig(**config.shape, vocab_size=50304))
 
@@ -59,7 +45,7 @@ def peak_bytes(tracker):
 
 @pytest.mark.parametrize("architecture, bias, batch_size", SHAPES)
 def test_the_predicted_peak_is_what_training_allocates(architecture, bias, batch_size):
-    """In eager mode, without real memory."""
+    """Without torch.compile and without real memory."""
     with FakeTensorMode():
         config, model = make_model(architecture, bias, compile=False)
         optimizers = make_optimizers(model, config, torch.device("cpu")).values()
@@ -106,7 +92,7 @@ def test_the_predicted_activations_are_what_the_compiled_model_saves(
         partition_fn=min_cut_rematerialization_partition,
     )
     with FakeTensorMode():
-        config, model = make_model(architecture, bias, n_layer=2)
+        config, model = make_model(architecture, bias)
         x = torch.zeros(batch_size, 1024, dtype=torch.long)
         with torch.autocast("cpu", torch.bfloat16):
             torch.compile(model, backend=backend, dynamic=False)(x, x)
@@ -114,37 +100,6 @@ def test_the_predicted_activations_are_what_the_compiled_model_saves(
     output_bytes = batch_size * 1024 * 768 * 2
     predicted = predict_memory(model, config, batch_size)["activations"]
     assert predicted == pytest.approx(sum(saved_bytes) - output_bytes, rel=0.05)
-
-
-def test_the_predicted_head_is_what_it_allocates():
-    """With 16 x 1024 tokens and GPT-2's vocabulary in bfloat16, forward and backward."""
-    with FakeTensorMode():
-        config, model = make_model("gpt2", False, compile=False, n_layer=1)
-        x = torch.zeros(16 * 1024, 768, dtype=torch.bfloat16, requires_grad=True)
-        targets = torch.zeros(16 * 1024, dtype=torch.long)
-        weight = model.lm_head.weight
-        with MemTracker() as tracker, torch.autocast("cpu", torch.bfloat16):
-            tracker.track_external(model.lm_head, x, targets)
-            linear_cross_entropy(x, weight, targets).backward()
-    inputs = x.nbytes + weight.nbytes + targets.nbytes
-    head = predict_memory(model, config, 16)["head"] - x.nbytes  # which it counts as well
-    assert head < 1e9
-    # What is left out: single numbers for each row.
-    assert head == pytest.approx(peak_bytes(tracker) - inputs, rel=0.01)
-
-
-def test_larger_micro_batches_and_the_masks_of_dropout_need_more_memory():
-    with torch.device("meta"):
-        config, model = make_model("gpt2", False)
-        masked_config, masked = make_model("gpt2", False, **DROPOUT)
-    one = predict_memory(model, config, 1)
-    two = predict_memory(model, config, 2)
-    assert one["activations"] < two["activations"] < 2 * one["activations"]
-    for part in ("weights", "gradients", "optimizer"):
-        assert one[part] == two[part]
-    with_masks = predict_memory(masked, masked_config, 1)
-    # Two for each block, of one byte for each channel.
-    assert with_masks["activations"] - one["activations"] == 4 * 1024 * 2 * 768
 
 
 # -----------------------------------------------------------------------------
@@ -162,14 +117,13 @@ def number(pattern, text):
     return float(re.search(pattern, text)[1].replace(",", ""))
 
 
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_a_listed_card_has_the_time_of_a_night_at_its_rated_speed(card):
-    printed = plan_card("train_fineweb_4070", card.name)
+def test_a_card_has_the_time_of_a_night_at_its_rated_speed():
+    printed = plan_card("train_fineweb_4070", "rtx4090")
     matrices = 12 * 12 * 768**2 + 50304 * 768
     flops = 6 * matrices + 12 * 12 * 768 * 1024
     tokens_per_s = number(r"([\d,]+) tokens/s, calc", printed)
     # It counts the gains like matrices: 0.01 %.
-    assert tokens_per_s == pytest.approx(0.85e12 * card.tflops / flops, rel=2e-4)
+    assert tokens_per_s == pytest.approx(0.85 * 165.2e12 / flops, rel=2e-4)
     hours, minutes = map(int, re.search(r"time: (\d+)h (\d+)m", printed).groups())
     expected = 6000 * 524_288 / tokens_per_s / 3600
     assert hours + minutes / 60 == pytest.approx(expected, abs=1 / 60)
@@ -178,7 +132,7 @@ def test_a_listed_card_has_the_time_of_a_night_at_its_rated_speed(card):
 
 def test_the_speed_of_an_rtx_4070_is_the_reported_one():
     """nanochat's d12: 55,700 tokens/s of 887 MFLOP."""
-    printed = plan_card("train_fineweb_4070_fast", "rtx4070")
+    printed = plan_card("train_fineweb_4070_fast", "RTX 4070")
     flops = number(r"([\d,]+) MFLOP", printed)
     reported = 55_700 * 887 / flops
     assert number(r"([\d,]+) tokens/s, calc", printed) == pytest.approx(reported, rel=0.01)
@@ -191,15 +145,7 @@ def test_a_plan_by_hours_has_the_iterations_that_fit():
     assert "time: 2h 00m" in printed
 
 
-def test_a_card_that_is_not_listed_is_refused():
-    refused = run_here(train_script, "--plan_card=RTX 2060")
-    assert_one_sentence(refused, "RTX 4070 Ti SUPER")
-
-
-@pytest.mark.parametrize(
-    "config",
-    ["train_fineweb_4070", "train_fineweb_4070_fast", "train_fineweb_4070_small", "finetune_gpt2"],
-)
+@pytest.mark.parametrize("config", ["train_fineweb_4070_fast", "finetune_gpt2"])
 def test_the_largest_micro_batch_that_is_named_fits_and_twice_as_much_does_not(config):
     first = plan_card(config, "RTX 4070")
     assert "fits: yes" in first  # as the config has it
@@ -210,8 +156,6 @@ def test_the_largest_micro_batch_that_is_named_fits_and_twice_as_much_does_not(c
         free = number(r"in ([\d.]+) GB free", printed)
         assert f"fits: {fits}" in printed
         assert (peak <= free) == (fits == "yes")
-        sizes = re.search(r"peak \((.*)\)", printed)[1]
-        assert sum(map(float, re.findall(r"[\d.]+", sizes))) == pytest.approx(peak, abs=0.1)
 
 
 # -----------------------------------------------------------------------------
@@ -221,35 +165,22 @@ def test_the_largest_micro_batch_that_is_named_fits_and_twice_as_much_does_not(c
 def test_a_plan_needs_no_data_and_writes_nothing(tmp_path):
     result = train_here(tmp_path / "no data", tmp_path / "out", plan=True)
     assert result.returncode == 0, result.stderr
-    assert "time: " in result.stdout
     assert number(r"speed: ([\d,]+) tokens/s, measured", result.stdout) > 0
+    assert "time: " in result.stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_of_a_finished_run_may_be_made_and_leaves_it_alone(finished_run, bins):
-    before = {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()}
-    result = train_here(bins, finished_run, plan=True, max_iters=100)
-    assert result.returncode == 0, result.stderr
-    assert f"{100 * 512:,} tokens, {100 * 512 / 20_000:.2f} epochs of 20,000" in result.stdout
-    assert {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()} == before
-
-
-@pytest.mark.parametrize("free, words", [(None, "unknown"), (1e5, "no, not even"), (8e9, "yes")])
+@pytest.mark.parametrize("free, words", [(1e5, "no, not even"), (8e9, "yes, in 8.0 GB free")])
 def test_a_plan_says_whether_the_free_memory_of_this_machine_suffices(
-    free, words, bins, monkeypatch
+    free, words, finished_run, bins, monkeypatch
 ):
+    """Of a run that is finished, which it leaves alone."""
     monkeypatch.setattr(train_script, "free_memory", lambda *_: free)
-    printed = train_here(bins, "unused", plan=True).stdout
+    before = {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()}
+    printed = train_here(bins, finished_run, plan=True, max_iters=100).stdout
     assert f"fits: {words}" in printed
-    if free == 8e9:
-        assert "in 8.0 GB free" in printed
-
-
-def test_a_plan_does_not_wait_for_the_other_processes_of_torchrun(bins, monkeypatch):
-    values = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-    for name, value in {**values, "MASTER_PORT": "29511"}.items():
-        monkeypatch.setenv(name, value)
-    assert train_here(bins, "unused", plan=True).returncode == 0
+    assert f"{100 * 512:,} tokens, {100 * 512 / 20_000:.2f} epochs of 20,000" in printed
+    assert {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()} == before
 
 
 SPEED = Speed(micro_step_s=0.01, update_s=0.04, eval_step_s=0.001)
@@ -274,7 +205,7 @@ def test_two_processes_halve_the_windows_of_each_but_not_the_update(bins):
     assert plan.eval_s == pytest.approx((16_384 + 2500) / 32 * 0.001 / 2)
 
 
-@pytest.mark.parametrize("eval_interval", [1, 20, 10**6])
+@pytest.mark.parametrize("eval_interval", [1, 20])
 def test_the_iterations_of_a_plan_by_hours_leave_time_for_the_evaluations(bins, eval_interval):
     trainer = make_trainer(bins, hours=0.5, max_iters=10, eval_interval=eval_interval)
     plan = make_plan(trainer, SPEED, elapsed_s=60.0)
@@ -289,10 +220,15 @@ def test_the_iterations_of_a_plan_by_hours_leave_time_for_the_evaluations(bins, 
 # Speed, measured
 
 
-@pytest.mark.parametrize("settings", [{}, MUON], ids=["adamw", "muon"])
-def test_the_measurement_does_not_change_the_run(bins, tmp_path, monkeypatch, settings):
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Draw no loss.png, which takes longer than all else in short runs."""
+    monkeypatch.setattr("onenight.records.draw_losses", lambda *arguments: None)
+
+
+def test_the_measurement_does_not_change_the_run(bins, tmp_path, monkeypatch, no_pictures):
     """To the bit: a run with it, and one whose speed is given."""
-    changes = {**settings, **DROPOUT, "max_iters": 8, "eval_interval": 4, "eval_tokens": 512}
+    changes = {**MUON, **DROPOUT, "max_iters": 8, "eval_interval": 4, "eval_tokens": 512}
     assert train_here(bins, tmp_path / "measured", **changes).returncode == 0
     monkeypatch.setattr(train_script, "measure", lambda trainer: SPEED)
     assert train_here(bins, tmp_path / "given", **changes).returncode == 0
@@ -315,9 +251,7 @@ def test_measuring_int8_as_well_leaves_a_trainer_as_if_made_with_the_faster_one(
     bins, monkeypatch, int8_is_faster
 ):
     monkeypatch.setattr(plan_module, "gains_enough", lambda *_: int8_is_faster)
-    config = replace(make_config(bins, **MUON), int8="auto")  # resolve_int8() has no say here
-    trainer = Trainer(config, Ranks(), StopSignal())
-    trainer.open_data()
+    trainer = make_trainer(bins, **MUON, int8="auto")
     measure(trainer)
     assert trainer.config.int8 is int8_is_faster
     assert_same_steps(trainer, make_trainer(bins, **MUON, int8=int8_is_faster))
@@ -357,7 +291,8 @@ def test_the_speed_is_the_median_for_each_window(bins, monkeypatch, max_flops, w
 
     trainer.micro_step = slowed(trainer.micro_step, 0.08)
     trainer.eval_step = slowed(trainer.eval_step, 0.04)
-    monkeypatch.setattr(plan_module, "update", slowed(plan_module.update, 0.05))
+    [optimizer] = trainer.optimizers.values()
+    optimizer.step = slowed(optimizer.step, 0.05)
     monkeypatch.setattr(plan_module, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
     monkeypatch.setattr(plan_module, "MEASURED_S", 2.0)
     monkeypatch.setattr(plan_module, "MAX_CPU_FLOPS", max_flops)
@@ -367,10 +302,7 @@ def test_the_speed_is_the_median_for_each_window(bins, monkeypatch, max_flops, w
     assert speed.eval_step_s == pytest.approx(0.04 / windows)
 
 
-def test_a_run_that_is_much_slower_or_faster_than_planned_says_so(bins, tmp_path, monkeypatch):
-    for name, factor in (("slower", 1e-6), ("faster", 1e3)):
-        speed = Speed(*(factor * seconds for seconds in (0.01, 0.04, 0.001)))
-        monkeypatch.setattr(train_script, "measure", lambda trainer, speed=speed: speed)
-        settings = {"max_iters": 14, "eval_tokens": 512, "eval_interval": 100}
-        result = train_here(bins, tmp_path / name, **settings)
-        assert result.stdout.count("\nspeed: ") == 2, result.stdout
+def test_a_run_that_is_much_slower_than_planned_says_so(bins, tmp_path, monkeypatch, no_pictures):
+    monkeypatch.setattr(train_script, "measure", lambda trainer: Speed(1e-8, 1e-8, 1e-8))
+    result = train_here(bins, tmp_path, max_iters=14, eval_tokens=512, eval_interval=100)
+    assert result.stdout.count("\nspeed: ") == 2, result.stdout

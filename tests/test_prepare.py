@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 
 import prepare_single_parquet as script
-from helpers import (
-    ROOT,
-    assert_one_sentence,
-    read_files,
-    run,
-    run_here,
-    write_parquet,
-    write_texts,
-)
-from onenight.tokenizer import EOT, EOT_TEXT, get_encoding
+from helpers import ROOT, assert_one_sentence, read_files, run_here, write_parquet, write_texts
+from onenight.tokenizer import EOT, get_encoding
 from reference import TEXTS, count_tokens, read_bins, reference_bins
 
 PREPARE = "prepare_single_parquet.py"
@@ -35,14 +27,6 @@ def prepare(*arguments, out_dir):
 
 def read_meta(out_dir):
     return json.loads((out_dir / "meta.json").read_text())
-
-
-def read_documents(path):
-    """Return the documents of a token file as texts."""
-    text = get_encoding().decode(np.fromfile(path, "<u2").tolist())
-    *documents, rest = text.split(EOT_TEXT)
-    assert rest == ""
-    return documents
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +46,7 @@ def prepared(source, tmp_path):
 # What it writes and prints
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [1, 4])
 def test_bins_and_meta_json_are_those_of_the_reference(num_workers, source, tmp_path):
     summary = prepare(source, f"--num_workers={num_workers}", out_dir=tmp_path)
     bins = reference_bins(TEXTS)
@@ -134,10 +118,10 @@ def test_max_tokens_ends_a_preparation(source, tmp_path):
 def test_a_single_txt_file_is_cut_in_two(tmp_path):
     (tmp_path / "book.txt").write_text(BOOK)
     prepare(tmp_path / "book.txt", "--val_fraction=0.05", out_dir=tmp_path)
-    (train,) = read_documents(tmp_path / "train.bin")
-    (val,) = read_documents(tmp_path / "val.bin")
-    assert val + train == BOOK
-    assert len(val) == pytest.approx(0.05 * len(BOOK), rel=0.1)
+    train, val = (np.frombuffer(content, "<u2") for content in read_bins(tmp_path))
+    assert train[-1] == val[-1] == EOT
+    assert get_encoding().decode([*val[:-1].tolist(), *train[:-1].tolist()]) == BOOK
+    assert len(val) == pytest.approx(0.05 * (len(val) + len(train)), rel=0.1)
 
 
 def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch):
@@ -179,7 +163,7 @@ def test_other_text_and_settings_are_refused_without_overwrite(source, prepared,
 
 def test_the_output_may_be_beside_the_text_even_after_a_kill(tmp_path):
     (tmp_path / "book.txt").write_text(BOOK)
-    (tmp_path / "lock-holder").write_text("left by a killed preparation")
+    (tmp_path / "lock").touch()  # left by a killed preparation
     prepare(tmp_path, out_dir=tmp_path)
     assert len(read_meta(tmp_path)["sources"]) == 1
     assert "book.txt" in read_files(tmp_path)
@@ -190,22 +174,14 @@ def test_the_output_may_be_beside_the_text_even_after_a_kill(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bad_files(source, tmp_path_factory):
+def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     for name in ("a.parquet", "a.jsonl.gz", "a.jsonl.zst"):
         whole = write_texts(folder / name, TEXTS).read_bytes()
         (folder / f"cut_{name}").write_bytes(whole[:-1000])
-    raw = bytearray(source.read_bytes())
-    middle = len(raw) // 2
-    raw[middle : middle + 5000] = b"\xa5" * 5000
-    (folder / "garbage.parquet").write_bytes(raw)
     good = write_texts(folder / "a.jsonl", TEXTS).read_bytes()
     for name, line in (("bad", "{no JSON"), ("no_text", '{"id": "a"}'), ("number", '{"text": 1}')):
         (folder / f"{name}.jsonl").write_bytes(good + line.encode())
-    (folder / "empty").mkdir()
-    (folder / "a.csv").touch()
-    (folder / "link").mkdir()
-    (folder / "link" / "here.parquet").symlink_to("gone.parquet")
     (folder / "one.txt").write_text("only this")
     return folder
 
@@ -215,13 +191,9 @@ def bad_files(source, tmp_path_factory):
     [
         *[([name], name) for name in ("cut_a.parquet", "cut_a.jsonl.gz", "cut_a.jsonl.zst")],
         *[([name], f"{len(TEXTS):,}") for name in ("bad.jsonl", "no_text.jsonl", "number.jsonl")],
-        *[([name], name) for name in ("garbage.parquet", "missing.parquet", "a.csv", "empty")],
-        ([], "data/fineweb/train"),
-        (["link"], "here.parquet"),
+        (["missing.parquet"], "missing.parquet"),
         (["one.txt"], "too little text"),
         (["a.parquet", "--text_column=content"], "content"),
-        (["a.parquet", "--val_fraction=1"], "val_fraction"),
-        (["a.parquet", "--val_fractoin=0.1"], "val_fractoin"),
         (["a.parquet", "--out_dir=a.parquet"], "a.parquet"),
     ],
 )
@@ -233,15 +205,3 @@ def test_bad_input_is_one_sentence_and_finished_files_stay(
     result = run_here(script, f"--out_dir={prepared}", "--overwrite", *arguments)
     assert_one_sentence(result, word)
     assert before.items() <= read_files(prepared).items()
-
-
-def test_an_error_has_the_exit_status_1_and_no_traceback(bad_files, tmp_path):
-    for name in ("cut_a.jsonl.gz", "cut_a.jsonl.zst", "cut_a.parquet"):
-        result = run(PREPARE, bad_files / name, f"--out_dir={tmp_path}")
-        assert result.returncode == 1
-        assert_one_sentence(result, name)
-
-
-def test_the_rest_of_a_compressed_file_is_closed_in_silence(bad_files, tmp_path):
-    result = run(PREPARE, bad_files / "a.jsonl.zst", "--max_tokens=5000", f"--out_dir={tmp_path}")
-    assert (result.returncode, result.stderr) == (0, "")

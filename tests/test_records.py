@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+import os
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from helpers import load, metrics, train, train_here
+from helpers import load, metrics, train_here
 from onenight.records import MAX_POINTS, Records, draw_losses, smoothed
 from onenight.settings import TrainConfig
 
@@ -36,36 +38,12 @@ def test_a_record_is_a_line_without_the_numbers_that_json_does_not_have(tmp_path
     ]
 
 
-@pytest.mark.parametrize(
-    "iter_num, evaluated_iter, kept",
-    [(21, 20, 2), (20, 20, 1), (20, 0, 0), (19, 20, 0)],
-    ids=["both before", "only evaluated", "at its beginning", "both after"],
-)
-def test_a_resumed_run_keeps_the_records_that_it_will_not_write_again(
-    iter_num, evaluated_iter, kept, tmp_path
-):
-    records = make_records(tmp_path)
-    for record in ({"iter": 0}, EVALUATION, STEP):
-        records.write(record)
-    records.truncate(iter_num, evaluated_iter)
-    assert metrics(tmp_path) == [{"iter": 0}, EVALUATION, STEP][: 1 + kept]
-
-
 def test_lines_that_are_no_records_are_left_out(tmp_path):
     """A power cut may leave half of a line."""
     lines = [json.dumps(STEP), '{"note": 1}', "text", "[]", '{"iter": "1"}', '{"iter": 2']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     make_records(tmp_path).truncate(iter_num=30, evaluated_iter=20)
     assert metrics(tmp_path) == [STEP]
-
-
-def test_samples_are_written_one_to_a_line(tmp_path):
-    records = make_records(tmp_path)
-    for record in (STEP, {**EVALUATION, "sample": "Grüße 😀"}, EVALUATION):
-        records.write(record)
-    records.draw()
-    text = (tmp_path / "samples.txt").read_text(encoding="utf-8")
-    assert text == "iter 20, val loss 2.1000: Grüße 😀\n"
 
 
 def test_outputs_that_fail_are_reported_once_and_the_others_are_written(
@@ -82,18 +60,6 @@ def test_outputs_that_fail_are_reported_once_and_the_others_are_written(
     assert [line.partition(":")[0] for line in lines] == ["wandb", "loss.png"]
     assert len(metrics(tmp_path)) == 2
     assert len((tmp_path / "samples.txt").read_text().splitlines()) == 2
-
-
-def test_metrics_that_cannot_be_written_are_one_line(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").mkdir()
-    records = make_records(tmp_path)
-    for _ in range(2):
-        records.write(STEP)
-        records.flush()
-        records.truncate(0, 0)
-        records.draw()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "metrics.jsonl" in line
 
 
 # -----------------------------------------------------------------------------
@@ -164,7 +130,7 @@ def test_the_loss_axis_does_not_show_the_steep_beginning(draw):
     assert low < 4.0 + 1 / 40 < 5.0 - 2 / 40 < high < 5.1
 
 
-@pytest.mark.parametrize("loss, is_drawn", [(4.3, False), (4.2, True), (3.2, True)])
+@pytest.mark.parametrize("loss, is_drawn", [(4.3, False), (4.2, True)])
 def test_the_reference_is_drawn_once_the_losses_are_near(loss, is_drawn, draw):
     losses, _ = draw(evaluations(11.0, loss), 3.28, "GPT-2")
     assert ("GPT-2: 3.28" in labels(losses)) == is_drawn
@@ -172,25 +138,11 @@ def test_the_reference_is_drawn_once_the_losses_are_near(loss, is_drawn, draw):
     assert (low < 3.28) == is_drawn
 
 
-@pytest.mark.parametrize("records", [[STEP], evaluations(5.1), evaluations(5.1, 4.5)])
-def test_a_single_record_or_only_evaluations_are_drawn(records, draw):
+@pytest.mark.parametrize("records", [[STEP], evaluations(2.0)])
+def test_a_single_record_is_drawn(records, draw):
     losses, _ = draw(records)
-    values = [record.get("val_loss", record.get("train_loss")) for record in records]
     low, high = losses.get_ylim()
-    assert low < values[-1] < high
-
-
-def test_without_losses_there_is_no_picture(tmp_path):
-    draw_losses([{"iter": 1, "tokens": 512, "lr": 0.1}], tmp_path / "loss.png")
-    assert not (tmp_path / "loss.png").exists()
-
-
-def test_losses_that_are_nan_are_left_out_of_the_picture(tmp_path, draw):
-    records = make_records(tmp_path)
-    for record in (STEP, {**STEP, "iter": 21, "train_loss": math.nan}, {**STEP, "iter": 22}):
-        records.write(record)
-    losses, _ = draw(metrics(tmp_path))
-    assert curve(losses, 0)[1] == [2.0, 2.0]
+    assert low < 2.0 < high
 
 
 def test_a_long_run_is_drawn_with_fewer_points(draw):
@@ -206,73 +158,51 @@ def test_the_smoothed_curve_has_less_noise_and_the_same_trend():
     assert np.std(smoothed(list(noise))[50:-50]) < 0.2  # means of 81 have 1 / sqrt(81)
     line = [5.0 - i / 1000 for i in range(1000)]
     assert smoothed(line)[40:-40] == pytest.approx(line[40:-40])
-    # At both ends they are off by half of what the line falls within their reach of 40.
-    assert smoothed(line) == pytest.approx(line, abs=0.021)
-    assert smoothed([]) == []
 
 
 # -----------------------------------------------------------------------------
 # Weights & Biases
 
 
-class FakeWandb:
-    """A package that answers as wandb does with a key and, if it is `online`, a network.
-
-    `options` has those of each run that was started, `records` what was logged.
-    """
-
-    Settings = dict
-
-    def __init__(self):
-        self.online = True
-        self.options = []
-        self.records = []
-
-    def login(self, **options):
-        return True
-
-    def init(self, **options):
-        if options["mode"] == "online" and not self.online:
-            raise ConnectionError("no network")
-        self.options.append(options)
-        return SimpleNamespace(id=options["id"] or "new", log=self.log)
-
-    def log(self, record, step):
-        self.records.append((step, record))
-
-
 @pytest.fixture
 def wandb(monkeypatch):
-    package = FakeWandb()
+    """A package that answers as wandb does with a key and without a network: the options with which
+    runs were to start, and what was logged."""
+    package = SimpleNamespace(Settings=dict, login=lambda **options: True, options=[], records=[])
+
+    def log(record, step):
+        package.records.append((step, record))
+
+    def init(**options):
+        package.options.append(options)
+        if options["mode"] == "online":
+            raise ConnectionError("no network")
+        return SimpleNamespace(id=options["id"] or "new", log=log)
+
+    package.init = init
     monkeypatch.setitem(sys.modules, "wandb", package)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return package
 
 
-def test_a_run_is_online_with_a_key_and_otherwise_as_the_environment_says(
-    wandb, tmp_path, monkeypatch
-):
-    make_records(tmp_path, wandb_log=True, wandb_project="mine")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    make_records(tmp_path, wandb_log=True)
-    make_records(tmp_path, wandb_log=False)
-    assert [options["mode"] for options in wandb.options] == ["online", "disabled"]
-    assert wandb.options[0]["project"] == "mine"
-    assert wandb.options[0]["config"]["learning_rate"] == 6e-4
-
-
 def test_without_a_network_a_run_logs_offline_and_continues_its_wandb_run(wandb, bins, tmp_path):
-    wandb.online = False
+    settings = {"wandb_log": True, "wandb_project": "mine", "eval_tokens": 512}
     for changes in ({"max_iters": 2}, {"max_iters": 4, "init_from": "resume"}):
-        result = train_here(bins, tmp_path, wandb_log=True, eval_tokens=512, **changes)
+        result = train_here(bins, tmp_path, **settings, **changes)
         assert result.returncode == 0, result.stderr
-        assert "wandb: offline" in result.stdout
-    assert [options["id"] for options in wandb.options] == [None, "new"]
+    assert [options["mode"] for options in wandb.options] == ["online", "offline"] * 2
+    assert [options["id"] for options in wandb.options] == [None, None, "new", "new"]
     for options in wandb.options:
-        assert options["mode"] == "offline"
+        assert options["project"] == "mine"
         assert options["resume"] == "allow"
         assert options["config"]["dtype"] == "float32"  # what the run uses, not "auto"
     assert wandb.records == [(record["iter"], record) for record in metrics(tmp_path)]
+
+
+def test_the_environment_can_disable_wandb(wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    make_records(tmp_path, wandb_log=True)
+    assert [options["mode"] for options in wandb.options] == ["disabled"]
 
 
 def test_a_run_without_the_package_trains_without_it(bins, tmp_path, monkeypatch):
@@ -283,11 +213,18 @@ def test_a_run_without_the_package_trains_without_it(bins, tmp_path, monkeypatch
     assert len(metrics(tmp_path)) == 4
 
 
-def test_without_a_key_the_real_package_is_offline_under_the_id_in_the_checkpoint(bins, tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process, which saves six seconds")
+def test_without_a_key_the_real_package_is_offline_under_the_id_in_the_checkpoint(
+    bins, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     out_dir = tmp_path / "out"
-    environment = {"HOME": str(tmp_path), "WANDB_API_KEY": None, "WANDB_MODE": None}
-    result = train(bins, out_dir, wandb_log=True, env=environment, max_iters=1, eval_tokens=512)
-    assert result.returncode == 0, result.stderr
-    assert "wandb: offline" in result.stdout
+    settings = {"wandb_log": True, "max_iters": 1, "eval_tokens": 512}
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=train_here, args=(bins, out_dir), kwargs=settings)
+    process.start()
+    process.join()
     (run,) = (out_dir / "wandb").glob("offline-run-*/*.wandb")
     assert load(out_dir)["wandb_id"] == run.stem.removeprefix("run-")

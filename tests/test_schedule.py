@@ -7,7 +7,6 @@ import math
 
 import pytest
 
-from helpers import metrics, train_here
 from onenight.distributed import Ranks
 from onenight.schedule import Clock, describe_schedule, lr_multiplier
 from onenight.settings import TrainConfig
@@ -39,7 +38,6 @@ def trapezoid_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters, warmdo
 
 
 CASES = [
-    {"max_iters": 110, "warmup_iters": 10, "lr_decay_iters": 110},
     {"max_iters": 110, "warmup_iters": 10},
     {"max_iters": 200, "warmup_iters": 0, "lr_decay_iters": 90},
     {"max_iters": 600, "warmup_iters": 300, "min_lr": 0.0},
@@ -68,7 +66,6 @@ def test_with_warmdown_it_is_a_trapezoid_and_the_matrices_may_have_their_own(
     config = TrainConfig(**settings, **shape)
     decayed = settings.pop("lr_decay_iters", settings["max_iters"])
     n = settings.pop("max_iters")
-    settings["min_lr"] = min(settings["min_lr"], 0.02)
     for group in ("matrices", "vectors", "embedding", "head"):
         length = matrix_warmdown if matrix_warmdown and group == "matrices" else warmdown
         for it in range(n + 1):
@@ -79,39 +76,26 @@ def test_with_warmdown_it_is_a_trapezoid_and_the_matrices_may_have_their_own(
             assert rate == pytest.approx(expected, rel=1e-9)
 
 
-# What a config for a long run may leave behind when --max_iters or --hours makes it short.
-LEFTOVERS = [
-    {},
-    {"lr_decay_iters": 600_000},
-    {"warmup_iters": 10**9},
-    {"warmup_iters": 2000, "lr_decay_iters": 600_000},
-]
-
-
-@pytest.mark.parametrize("leftover", LEFTOVERS)
-@pytest.mark.parametrize("warmdown", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("max_iters", [2, 3, 10, 1000, 10_001])
-def test_a_run_of_any_length_ends_near_its_lowest_rate(max_iters, warmdown, leftover):
+# The second one has what the config of a long run leaves behind when --max_iters makes it short.
+@pytest.mark.parametrize("leftover", [{}, {"warmup_iters": 2000, "lr_decay_iters": 600_000}])
+@pytest.mark.parametrize("warmdown", [0.0, 0.3])
+@pytest.mark.parametrize("max_iters", [10, 1000])
+def test_a_run_of_any_length_warms_up_and_ends_near_its_lowest_rate(max_iters, warmdown, leftover):
     config = TrainConfig(max_iters=max_iters, min_lr=6e-5, warmdown=warmdown, **leftover)
+    rates = [lr_multiplier(config, it / max_iters) for it in range(max_iters)]
     lowest = 6e-5 / 6e-4
-    last = lr_multiplier(config, (max_iters - 1) / max_iters)
     # How far an iteration before the end is from the end: of a line over the warmdown, or of a
     # cosine over at least half of the run, which near its end is a parabola.
     steepest = 1 / (warmdown * max_iters) if warmdown else (math.pi / max_iters) ** 2
-    assert lowest <= last <= lowest + steepest
+    assert lowest <= rates[-1] <= lowest + steepest
     assert lr_multiplier(config, 1.0) == pytest.approx(lowest)
-    # It has warmed up before.
-    if max_iters >= 10 and warmdown < 1:
-        rates = [lr_multiplier(config, it / max_iters) for it in range(max_iters)]
-        assert max(rates) > 0.95
+    assert max(rates) > 0.95
 
 
 @pytest.mark.parametrize("warmdown", [0.0, 0.5])
-@pytest.mark.parametrize(
-    "learning_rate, min_lr, end", [(1e-5, 6e-5, 1.0), (0.0, 6e-5, 0.0), (0.0, 0.0, 0.0)]
-)
-def test_min_lr_never_raises_the_rate(learning_rate, min_lr, end, warmdown):
-    config = TrainConfig(learning_rate=learning_rate, min_lr=min_lr, warmdown=warmdown)
+@pytest.mark.parametrize("learning_rate, end", [(1e-5, 1.0), (0.0, 0.0)])
+def test_min_lr_never_raises_the_rate(learning_rate, end, warmdown):
+    config = TrainConfig(learning_rate=learning_rate, min_lr=6e-5, warmdown=warmdown)
     fractions = [i / 100 for i in range(101)]
     assert max(lr_multiplier(config, fraction) for fraction in fractions) <= 1.0
     assert lr_multiplier(config, 1.0) == end
@@ -122,26 +106,11 @@ def test_without_decay_the_rate_is_constant():
     assert {lr_multiplier(config, i / 10) for i in range(11)} == {1.0}
 
 
-def test_the_metrics_of_a_short_run_show_the_whole_schedule(bins, tmp_path):
-    """With settings of a long run, which would still be in their warmup."""
-    changes = {"max_iters": 30, "warmup_iters": 2000, "lr_decay_iters": 600_000, "eval_tokens": 512}
-    assert train_here(bins, tmp_path, **changes).returncode == 0
-    rates = [record["lr"] for record in metrics(tmp_path) if "lr" in record]
-    expected = [nanogpt_lr(it, 1e-2, 1e-3, 15, 30) for it in range(30)]
-    assert rates == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(
     "settings, numbers",
     [
-        ({"decay_lr": False, "learning_rate": 3e-4}, ["0.0003"]),
-        ({}, ["iteration 10,", "6e-05", "iteration 100"]),
-        ({"lr_decay_iters": 80}, ["iteration 10,", "iteration 80"]),
-        ({"lr_decay_iters": 600_000}, ["iteration 10,", "iteration 100"]),
-        ({"warmup_iters": 2000}, ["iteration 50,", "iteration 100"]),
-        ({"warmdown": 0.7}, ["iteration 10,", "iteration 30", "iteration 100"]),
+        ({"warmup_iters": 2000}, ["iteration 50,", "6e-05", "iteration 100"]),
         ({"warmdown": 0.4, "matrix_warmdown": 0.8}, ["iteration 60", "iteration 20"]),
-        ({"min_lr": 1.0}, ["0.0006"]),
         ({"hours": 10.0, "warmdown": 0.5}, ["1h 00m", "5h 00m", "10h 00m"]),
     ],
 )
@@ -151,12 +120,9 @@ def test_the_schedule_in_words_has_its_numbers(settings, numbers):
         assert number in words
 
 
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0, "0s"), (59.6, "1m 00s"), (750, "12m 30s"), (3599.6, "1h 00m"), (18_420, "5h 07m")],
-)
-def test_a_duration_in_words(seconds, text):
-    assert duration(seconds) == text
+def test_a_duration_in_words():
+    seconds = (59.6, 750, 3599.6, 18_420)
+    assert [duration(s) for s in seconds] == ["1m 00s", "12m 30s", "1h 00m", "5h 07m"]
 
 
 # -----------------------------------------------------------------------------
@@ -164,36 +130,17 @@ def test_a_duration_in_words(seconds, text):
 
 
 class Time:
-    """A clock that a test advances; it may show only multiples of `tick`."""
+    """A clock that a test advances."""
 
-    def __init__(self, tick=0.0):
+    def __init__(self):
         self.seconds = 1000.0
-        self.tick = tick
 
     def __call__(self):
-        return self.seconds // self.tick * self.tick if self.tick else self.seconds
+        return self.seconds
 
 
-def make_clock(time, ranks=None, **settings):
-    settings = {"warmup_iters": 0, "max_iters": 100, "min_lr": 0.0, **settings}
-    return Clock(TrainConfig(**settings), ranks or Ranks(), now=time)
-
-
-def test_without_hours_the_fraction_counts_iterations():
-    time = Time()
-    clock = make_clock(time)
-    time.seconds += 1e6
-    assert [clock.fraction(iter_num) for iter_num in (0, 50, 100, 120)] == [0.0, 0.5, 1.0, 1.0]
-
-
-def test_with_hours_it_is_the_time_that_has_passed_whatever_the_number_of_iterations():
-    time = Time()
-    clock = make_clock(time, hours=1.0)
-    fractions = [clock.fraction(0)]
-    for iter_num in (1, 2000, 2001, 2002):
-        time.seconds += 900
-        fractions.append(clock.fraction(iter_num))
-    assert fractions == [0.0, 0.25, 0.5, 0.75, 1.0]
+def make_clock(time, **settings):
+    return Clock(TrainConfig(max_iters=100, **settings), Ranks(), now=time)
 
 
 def test_with_hours_the_run_ends_when_an_evaluation_and_a_save_still_fit():
@@ -206,18 +153,12 @@ def test_with_hours_the_run_ends_when_an_evaluation_and_a_save_still_fit():
     assert 0.999 < clock.fraction(500) < 1.0
     time.seconds += 1
     assert clock.fraction(500) == 1.0
-
-
-def test_hours_that_are_shorter_than_an_evaluation_are_over_at_once():
-    time = Time()
-    clock = make_clock(time, hours=1.0)
-    clock.eval_s = 4000.0
-    assert clock.fraction(0) == 1.0
+    clock.eval_s = 4000.0  # longer than the hours
+    assert clock.fraction(500) == 1.0
 
 
 def test_the_time_before_the_first_iteration_does_not_eat_the_warmup():
-    """Compiling, measuring and the first evaluation. They count for the hours, of which fewer are
-    left."""
+    """Compiling, measuring and the first evaluation. They count toward the hours."""
     time = Time()
     clock = make_clock(time, hours=1.0)
     for _ in range(2):
@@ -245,43 +186,6 @@ def test_the_pause_between_a_stop_and_a_resume_does_not_count():
     resumed.begun_s = begun_s
     assert resumed.elapsed() == 2100
     assert resumed.fraction(7) == fraction
-    time.seconds += 1499
-    assert resumed.fraction(8) < 1.0
-    time.seconds += 1
-    assert resumed.fraction(8) == 1.0
-
-
-def test_hours_that_are_given_at_a_resume_include_those_before():
-    time = Time()
-    clock = make_clock(time)  # by max_iters
-    clock.fraction(0)
-    time.seconds += 1800
-    resumed = make_clock(time, hours=1.0)
-    resumed.earlier_s = clock.elapsed()
-    resumed.begun_s = clock.begun_s
-    assert resumed.fraction(70) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("tick", [0.0, 0.0156], ids=["exact", "15.6 ms"])
-def test_the_last_iteration_has_nearly_the_lowest_rate_by_a_coarse_clock_too(tick):
-    """Iterations of a millisecond, for ten seconds, on a machine that becomes three times as
-    slow."""
-    time = Time(tick)
-    clock = make_clock(time, hours=10 / 3600, warmdown=0.5)
-    iter_num = 0
-    rates = []
-    while (fraction := clock.fraction(iter_num)) < 1:
-        rates.append(lr_multiplier(clock.config, fraction))
-        began = clock.now()
-        time.seconds += 0.001 if fraction < 0.6 else 0.003
-        iter_num += 1
-        clock.add_iteration(clock.now() - began)
-    assert clock.elapsed() == pytest.approx(10, abs=0.02)
-    assert rates[0] == 1.0
-    assert rates == sorted(rates, reverse=True)
-    # A tick or an iteration before the end of a line over five seconds.
-    assert rates[-1] <= (0.0156 + 0.003) / 5
-    assert clock.iters_s == pytest.approx(10, abs=0.05)  # ticks that an iteration did not see
 
 
 def test_the_seconds_that_are_left_follow_the_recent_speed():

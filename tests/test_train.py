@@ -24,11 +24,9 @@ from helpers import (
     gpt2_of,
     load,
     losses,
-    make_bins,
     make_random_bins,
     metrics,
     run_here,
-    train,
     train_here,
 )
 from onenight.device import supports_bfloat16
@@ -45,15 +43,6 @@ def no_pictures(finished_run):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("onenight.records.draw_losses", lambda *arguments: None)
         yield
-
-
-@pytest.fixture(scope="module")
-def compiled_run(bins, tmp_path_factory):
-    """A whole run with torch.compile, in a process of its own: its folder, and what it printed."""
-    out_dir = tmp_path_factory.mktemp("compiled") / "new"
-    result = train(bins, out_dir, compile=True)
-    assert result.returncode == 0, result.stderr
-    return out_dir, result.stdout
 
 
 @pytest.fixture
@@ -77,10 +66,6 @@ def steps_of(out_dir):
 def evaluations_of(out_dir):
     """Return the records of evaluations."""
     return [record for record in metrics(out_dir) if "val_loss" in record]
-
-
-def last_val_loss(printed):
-    return float(re.findall(r"^step .* val loss ([\d.]+)$", printed, re.M)[-1])
 
 
 def plain(value):
@@ -108,8 +93,10 @@ def loss_of(model, bins):
 # A whole run
 
 
-def test_a_run_learns_and_prints_the_lines_of_nanogpt(compiled_run):
-    out_dir, printed = compiled_run
+def test_compiled_or_not_a_run_learns_the_same_and_prints_the_lines_of_nanogpt(bins, tmp_path):
+    torch._dynamo.reset()  # forget what other tests have compiled
+    printed = train_well(bins, tmp_path / "compiled", n_layer=1, compile=True)
+    train_well(bins, tmp_path / "eager", n_layer=1)
     assert re.match(r"device: cpu, float32, compiled\n", printed)
     lines = re.findall(r"^iter (\d+): loss ([\d.]+), time [\d.]+ms", printed, re.M)
     assert [int(iter_num) for iter_num, _ in lines] == list(range(45))
@@ -117,13 +104,10 @@ def test_a_run_learns_and_prints_the_lines_of_nanogpt(compiled_run):
     assert float(lines[-1][1]) < 2.5  # of which the noise in the data costs 0.9
     evaluations = re.findall(r"^step (\d+): train loss [\d.]+, val loss [\d.]+$", printed, re.M)
     assert [int(iter_num) for iter_num in evaluations] == [0, 20, 40, 45]
-    names = {"ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "samples.txt", "index.html"}
-    assert {path.name for path in out_dir.iterdir()} == names
-
-
-def test_torch_compile_does_not_change_what_is_computed(compiled_run, finished_run):
-    """But for float32 rounding, which grows over 45 iterations with a high learning rate."""
-    for compiled, eager in zip(losses(compiled_run[0]), losses(finished_run), strict=True):
+    for compiled, eager in zip(
+        losses(tmp_path / "compiled"), losses(tmp_path / "eager"), strict=True
+    ):
+        # But for float32 rounding, which grows over 45 iterations with a high learning rate.
         assert compiled == pytest.approx(eager, rel=1e-3)
 
 
@@ -136,9 +120,7 @@ def test_the_checkpoint_is_that_of_nanogpt(finished_run):
     assert checkpoint["model_args"] == {**shape, **others}
     names = set(gpt2_of(checkpoint).state_dict())
     assert {name for name in names if not name.endswith(".bias")} == set(checkpoint["model"])
-    assert load(finished_run, "best.pt").keys() == checkpoint.keys() & NANOGPT_FIELDS - {
-        "optimizer"
-    } | {"tokens"}
+    assert load(finished_run, "best.pt").keys() == NANOGPT_FIELDS - {"optimizer"} | {"tokens"}
 
 
 def test_the_val_loss_is_that_of_transformers_on_every_token(finished_run, bins):
@@ -147,7 +129,9 @@ def test_the_val_loss_is_that_of_transformers_on_every_token(finished_run, bins)
     assert found == pytest.approx(loss_of(model, bins), rel=1e-5)  # float32
 
 
-def test_the_metrics_of_a_run(finished_run):
+def test_the_files_and_the_metrics_of_a_run(finished_run):
+    files = {"ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "samples.txt", "index.html"}
+    assert {path.name for path in finished_run.iterdir()} == files
     steps = steps_of(finished_run)
     evaluations = evaluations_of(finished_run)
     assert [record["iter"] for record in steps] == list(range(45))
@@ -161,64 +145,27 @@ def test_the_metrics_of_a_run(finished_run):
     assert [rates[i] for i in (0, 5, 25)] == pytest.approx([1e-2 / 6, 1e-2, 1e-3 + 9e-3 / 2])
 
 
-def test_the_summary_is_that_of_the_run(bins, tmp_path):
-    printed = train_well(bins, tmp_path, **SHORT, learning_rate=0.3)  # not always better
-    summary = dict(re.findall("^([a-z_]+): (.*)$", printed, re.M))
-    assert summary["iterations"] == "8"
-    assert summary["tokens"] == f"{8 * 512:,}"
-    assert summary["skipped_iterations"] == "0"
-    assert float(summary["epochs"]) == pytest.approx(8 * 16 / (19_999 // 32 - 1), abs=0.01)
-    val_losses = {record["iter"]: record["val_loss"] for record in evaluations_of(tmp_path)}
-    best = min(val_losses, key=val_losses.get)
-    assert summary["best_val_loss"] == f"{val_losses[best]:.4f} at iter {best}"
-
-
-class SlowClock:
-    """A clock that advances by so many seconds at each reading."""
-
-    def __init__(self, seconds):
-        self.step = seconds
-        self.seconds = 0.0
-
-    def now(self):
-        self.seconds += self.step
-        return self.seconds
-
-
-@pytest.fixture
-def run_by(monkeypatch):
-    """Return run_by(clock), which makes runs read that clock."""
-    return lambda clock: monkeypatch.setattr(
-        train_script, "Clock", functools.partial(Clock, now=clock.now)
-    )
-
-
-def test_a_line_is_printed_after_thirty_seconds_whatever_log_interval_is(bins, tmp_path, run_by):
-    run_by(SlowClock(1.0))
-    train_well(bins, tmp_path, log_interval=10**6, eval_tokens=512)
-    times = [record["elapsed_s"] for record in steps_of(tmp_path)]
-    assert len(times) > 3
-    assert all(30 <= after - before < 60 for before, after in pairwise(times))
-
-
 def test_a_checkpoint_is_saved_every_ten_minutes_and_tried_again_after_one(
-    bins, tmp_path, run_by, monkeypatch
+    bins, tmp_path, monkeypatch
 ):
-    clock = SlowClock(5.0)
-    run_by(clock)
+    seconds = []  # each reading of the clock is five seconds later
     attempts = []
+
+    def now():
+        seconds.append(5.0 * len(seconds))
+        return seconds[-1]
 
     def replace(source, target, real=os.replace):
         if target.name == "ckpt.pt":
-            attempts.append(clock.seconds)
+            attempts.append(seconds[-1])
             if len(attempts) == 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(source, target)
 
+    monkeypatch.setattr(train_script, "Clock", functools.partial(Clock, now=now))
     monkeypatch.setattr(os, "replace", replace)
-    printed = train_well(bins, tmp_path, eval_interval=10**6, max_iters=120, eval_tokens=512)
+    printed = train_well(bins, tmp_path, eval_interval=10**6, max_iters=80, eval_tokens=512)
     assert os.strerror(errno.ENOSPC) in printed
-    assert len(attempts) > 4
     # An iteration reads the clock up to ten times.
     gaps = [after - before for before, after in pairwise(attempts[:4])]
     assert gaps == [pytest.approx(seconds + 25, abs=25) for seconds in (600, RETRY_S, 600)]
@@ -253,7 +200,7 @@ def test_best_weights_that_could_not_be_saved_are_not_counted_and_the_next_are(
 def test_bfloat16_learns(bins, tmp_path):
     if not supports_bfloat16(torch.device("cpu")):
         pytest.skip("this CPU has no bfloat16 instructions")
-    train_well(bins, tmp_path, dtype="bfloat16", max_iters=20)
+    train_well(bins, tmp_path, dtype="bfloat16", max_iters=20, eval_tokens=512)
     assert load(tmp_path)["config"]["dtype"] == "bfloat16"
     assert metrics(tmp_path)[-1]["val_loss"] < 5
 
@@ -268,7 +215,7 @@ def float16_on_cpu(monkeypatch):
 
 def test_float16_begins_with_overflows_until_its_scale_fits(bins, tmp_path, float16_on_cpu):
     """More of them in a row than another run may skip."""
-    train_well(bins, tmp_path, dtype="float16", max_iters=30)
+    train_well(bins, tmp_path, dtype="float16", max_iters=20, eval_tokens=512)
     assert 5 < load(tmp_path)["skipped_iters"] < 20
     assert metrics(tmp_path)[-1]["val_loss"] < 5
 
@@ -276,27 +223,23 @@ def test_float16_begins_with_overflows_until_its_scale_fits(bins, tmp_path, floa
 def test_muon_learns_and_the_rate_of_each_group_is_recorded(bins, tmp_path):
     train_well(bins, tmp_path, **MUON, eval_tokens=512)
     assert load(tmp_path)["model_args"]["architecture"] == "qwen3"
-    for record in steps_of(tmp_path):
-        assert record["lr_embedding"] == pytest.approx(15 * record["lr"])
-        assert record["lr_head"] == pytest.approx(0.2 * record["lr"])
-        assert record["lr_vectors"] == pytest.approx(0.5 * record["lr"])
-    assert steps_of(tmp_path)[-1]["train_loss"] < 4  # the uniform distribution has 5.5
+    last = steps_of(tmp_path)[-1]
+    assert last["lr_embedding"] == pytest.approx(15 * last["lr"])
+    assert last["train_loss"] < 4  # the uniform distribution has 5.5
 
 
 # -----------------------------------------------------------------------------
 # When a run saves and stops
 
-CONSTANT = {"learning_rate": 0.0, "min_lr": 0.0, "eval_tokens": 512}  # val loss never improves
+CONSTANT = {"learning_rate": 0.0, "eval_tokens": 512}  # val loss never improves
 
 
 def test_without_always_save_checkpoint_only_a_better_evaluation_saves(bins, tmp_path):
-    def count_saves(name, **changes):
-        return train_well(bins, tmp_path / name, **changes).count("saving checkpoint to")
-
-    rare = {"always_save_checkpoint": False}
-    assert count_saves("always", **CONSTANT) == 4  # at 20, 40 and 45, and at the end
-    assert count_saves("rarely", **CONSTANT, **rare) == 1  # at the end
-    assert count_saves("better", **rare) == 4
+    settings = {**SHORT, "always_save_checkpoint": False}
+    better = train_well(bins, tmp_path / "better", **settings)
+    assert better.count("saving checkpoint to") == 3  # at 4 and 8, and at the end
+    never_better = train_well(bins, tmp_path / "never", **{**settings, **CONSTANT})
+    assert never_better.count("saving checkpoint to") == 1  # at the end
 
 
 def test_a_plateau_ends_the_run_also_when_it_is_resumed(bins, tmp_path):
@@ -307,8 +250,8 @@ def test_a_plateau_ends_the_run_also_when_it_is_resumed(bins, tmp_path):
 
 
 def test_a_better_evaluation_ends_the_patience_anew(bins, tmp_path):
-    train_well(bins, tmp_path, eval_interval=9, early_stop_patience=1, eval_tokens=512)
-    assert load(tmp_path)["iter_num"] == 45
+    train_well(bins, tmp_path, **SHORT, early_stop_patience=1)
+    assert load(tmp_path)["iter_num"] == 8
 
 
 # -----------------------------------------------------------------------------
@@ -316,25 +259,15 @@ def test_a_better_evaluation_ends_the_patience_anew(bins, tmp_path):
 
 
 def test_eval_only_prints_the_losses_and_writes_nothing(finished_run, bins):
+    """Without dropout, and in the shape of the checkpoint."""
     before = {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()}
-    for init_from in ("resume", "auto", finished_run / "best.pt"):
-        printed = train_well(bins, finished_run, init_from=init_from, eval_only=True)
+    for init_from, n_layer in (("resume", 2), (finished_run / "best.pt", 3)):
+        changes = {"init_from": init_from, "n_layer": n_layer, "dropout": 0.5}
+        printed = train_well(bins, finished_run, **changes, eval_only=True)
+        (val_loss,) = re.findall(r"^step .* val loss ([\d.]+)$", printed, re.M)
         expected = evaluations_of(finished_run)[-1]["val_loss"]
-        assert last_val_loss(printed) == pytest.approx(expected, abs=1e-4)  # as printed
+        assert float(val_loss) == pytest.approx(expected, abs=1e-4)  # as printed
     assert {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()} == before
-
-
-def test_eval_only_of_new_weights_makes_no_folder(bins, tmp_path):
-    train_well(bins, tmp_path / "none", eval_only=True, init_from="auto", eval_tokens=512)
-    assert not (tmp_path / "none").exists()
-
-
-def test_eval_only_takes_the_shape_of_the_checkpoint(bins, tmp_path):
-    shape = {"architecture": "qwen3", "n_head": 4}
-    printed = train_well(bins, tmp_path / "qwen3", **shape, max_iters=5)
-    source = tmp_path / "qwen3" / "ckpt.pt"
-    found = train_well(bins, tmp_path / "none", init_from=source, eval_only=True)
-    assert last_val_loss(found) == last_val_loss(printed)
 
 
 # -----------------------------------------------------------------------------
@@ -365,11 +298,10 @@ def stop_at(monkeypatch):
 def test_a_run_that_is_stopped_and_resumed_is_that_of_an_undisturbed_one_to_the_bit(
     bins, tmp_path, stop_at, float16_on_cpu, settings
 ):
-    settings = {"dtype": "float32", **settings, "dropout": 0.1, "max_iters": 14}
-    settings = {**settings, "eval_interval": 4, "eval_tokens": 512}
+    settings = {**SHORT, "dtype": "float32", "dropout": 0.1, "max_iters": 10, **settings}
     train_well(bins, tmp_path / "whole", **settings)
     out_dir = tmp_path / "parts"
-    for iter_num in (1, 4, 7, 8, 13):  # 4 and 8 are evaluated
+    for iter_num in (1, 4, 7, 8):  # 4 and 8 are evaluated
         stop_at(iter_num)
         stopped = train_here(bins, out_dir, **settings, init_from="auto")
         assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
@@ -413,19 +345,14 @@ def test_settings_have_priority_over_the_checkpoint(run, bins):
 
 
 def test_the_tokens_are_true_after_a_resume_with_another_batch_size(run, bins):
-    changes = {"gradient_accumulation_steps": 4, "max_iters": 50}
-    train_well(bins, run, init_from="resume", **changes)
-    for record in metrics(run):
-        assert (
-            record["tokens"] == min(record["iter"], 45) * 512 + max(record["iter"] - 45, 0) * 1024
-        )
+    train_well(bins, run, init_from="resume", gradient_accumulation_steps=4, max_iters=50)
+    tokens = [record["tokens"] for record in steps_of(run)]
+    assert tokens == [*range(0, 45 * 512, 512), *range(45 * 512, 45 * 512 + 5 * 1024, 1024)]
     assert load(run)["position"] == 45 * 16 + 5 * 32
 
 
-def test_other_data_are_refused_unless_they_are_allowed(run, tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    make_bins(data)
+def test_other_data_are_refused_unless_they_are_allowed(run, bins, tmp_path):
+    data = shutil.copytree(bins, tmp_path / "data")
     (data / "meta.json").write_text(json.dumps({"vocab_size": 250, "train": {"sha256": "other"}}))
     changes = {"init_from": "resume", "max_iters": 50}
     before = (run / "ckpt.pt").read_bytes()
@@ -438,13 +365,12 @@ def test_other_data_are_refused_unless_they_are_allowed(run, tmp_path):
 @pytest.mark.parametrize(
     "changes, word",
     [
-        ({"n_layer": 3}, "n_layer=2"),
         ({"block_size": 16}, "block_size=32"),
         (MUON, "architecture=gpt2"),
         ({"optimizer": "muon", "embedding_lr": 0.01}, "--init_from=FILE.pt"),
         ({"embedding_lr": 0.01}, "--init_from=FILE.pt"),
     ],
-    ids=["shape", "windows", "architecture", "optimizer", "groups"],
+    ids=["windows", "architecture", "optimizer", "groups"],
 )
 def test_other_shapes_and_optimizers_are_not_resumed(changes, word, run, bins):
     before = (run / "ckpt.pt").read_bytes()
@@ -490,6 +416,7 @@ def test_auto_begins_with_what_the_config_file_names_and_then_resumes(gpt2, bins
     folder, model = gpt2
     config = tmp_path / "config.py"
     settings = {**TINY, "bias": True, "init_from": str(folder), "learning_rate": 1e-3}
+    settings["n_layer"] = 3  # the folder's 2 count, also when the run is resumed
     config.write_text("\n".join(f"{key} = {value!r}" for key, value in settings.items()))
     out_dir = tmp_path / "out"
     arguments = [config, f"--dataset={bins}", f"--out_dir={out_dir}", "--init_from=auto"]
@@ -502,6 +429,7 @@ def test_auto_begins_with_what_the_config_file_names_and_then_resumes(gpt2, bins
     assert after["val_loss"] < before["val_loss"] - 1
     assert load(out_dir)["model_args"]["vocab_size"] == 300
     assert load(out_dir)["model_args"]["block_size"] == 32  # of the 48 positions
+    assert load(out_dir)["model_args"]["n_layer"] == 2
 
     second = run_here(train_script, *arguments, "--max_iters=47")
     assert second.returncode == 0, second.stderr
@@ -509,16 +437,7 @@ def test_auto_begins_with_what_the_config_file_names_and_then_resumes(gpt2, bins
     assert re.findall(r"^iter (\d+):", second.stdout, re.M) == ["45", "46"]
 
 
-def test_a_checkpoint_is_trained_further_from_iteration_0(finished_run, bins, tmp_path):
-    settings = {"max_iters": 20, "eval_tokens": 16_384}
-    train_well(bins, tmp_path, init_from=finished_run / "best.pt", **settings)
-    first, last = evaluations_of(tmp_path)
-    assert first["iter"] == 0
-    assert first["val_loss"] == evaluations_of(finished_run)[-1]["val_loss"]
-    assert last["val_loss"] < first["val_loss"]
-
-
-def test_a_checkpoint_of_nanogpt_is_evaluated_and_trained_further_but_not_resumed(bins, tmp_path):
+def test_a_checkpoint_of_nanogpt_is_trained_further_but_not_resumed(bins, tmp_path):
     """With torch.compile's prefix, a tensor as loss, and an optimizer whose groups have no
     names."""
     train_well(bins, tmp_path / "ours", **SHORT, bias=True)
@@ -533,19 +452,18 @@ def test_a_checkpoint_of_nanogpt_is_evaluated_and_trained_further_but_not_resume
     torch.save(nanogpt, source)
 
     val_loss = evaluations_of(tmp_path / "ours")[-1]["val_loss"]
-    evaluated = train_well(bins, "unused", init_from=source, eval_only=True, eval_tokens=512)
-    assert last_val_loss(evaluated) == pytest.approx(val_loss, abs=1e-4)  # as printed
-    train_well(bins, tmp_path / "new", init_from=source, **SHORT, bias=True)
-    assert evaluations_of(tmp_path / "new")[0]["val_loss"] == val_loss
+    train_well(bins, tmp_path / "new", init_from=source, **SHORT)
+    first, *_, last = evaluations_of(tmp_path / "new")
+    assert first["iter"] == 0
+    assert first["val_loss"] == val_loss > last["val_loss"]
     changes = {"init_from": "resume", "bias": True, "max_iters": 20}
     refused = train_here(bins, tmp_path / "nanogpt", **changes)
     assert_one_sentence(refused, "--init_from=FILE.pt")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_never_a_start(value, run, bins, tmp_path):
+def test_weights_that_are_not_finite_are_never_a_start(run, bins, tmp_path):
     checkpoint = load(run)
-    checkpoint["model"]["transformer.h.1.attn.c_attn.weight"][5, 7] = value
+    checkpoint["model"]["transformer.h.1.attn.c_attn.weight"][5, 7] = math.nan
     torch.save(checkpoint, run / "ckpt.pt")
     out_dir = tmp_path / "new"
     for folder, changes in (
@@ -559,8 +477,10 @@ def test_weights_that_are_not_finite_are_never_a_start(value, run, bins, tmp_pat
 
 
 def test_a_new_run_takes_the_shape_of_its_weights(gpt2, bins, tmp_path):
-    train_well(bins, tmp_path, **SHORT, init_from=gpt2[0], n_layer=3, n_head=4, block_size=64)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "bias": True, "block_size": 48}
+    """But its own dropout."""
+    changes = {"n_layer": 3, "n_head": 4, "block_size": 64, "dropout": 0.2}
+    train_well(bins, tmp_path, **SHORT, init_from=gpt2[0], **changes)
+    shape = {"n_layer": 2, "n_head": 2, "bias": True, "block_size": 48, "dropout": 0.2}
     assert load(tmp_path)["model_args"].items() >= shape.items()
     assert load(tmp_path)["config"].items() >= shape.items()
 
@@ -568,7 +488,14 @@ def test_a_new_run_takes_the_shape_of_its_weights(gpt2, bins, tmp_path):
 # -----------------------------------------------------------------------------
 # Samples
 
-SMALL = {"n_layer": 1, "gradient_accumulation_steps": 1, "dropout": 0.1, "max_iters": 7}
+SMALL = {
+    "n_layer": 1,
+    "n_embd": 8,
+    "batch_size": 2,
+    "dropout": 0.1,
+    "max_iters": 5,
+    "eval_tokens": 64,
+}
 
 
 @pytest.fixture(scope="module")
@@ -578,30 +505,31 @@ def text_bins(tmp_path_factory):
 
 
 def test_each_evaluation_writes_a_sample_also_in_a_resumed_run(text_bins, tmp_path, stop_at):
-    printed = train_well(text_bins, tmp_path / "whole", **SMALL, eval_interval=3)
+    printed = train_well(text_bins, tmp_path / "whole", **SMALL, eval_interval=2)
+    assert load(tmp_path / "whole")["model_args"]["vocab_size"] == 50304  # padded
     evaluations = evaluations_of(tmp_path / "whole")
-    assert [record["iter"] for record in evaluations] == [0, 3, 6, 7]
+    assert [record["iter"] for record in evaluations] == [0, 2, 4, 5]
     text = (tmp_path / "whole" / "samples.txt").read_text(encoding="utf-8")
     for line, record in zip(text.splitlines(), evaluations, strict=True):
         assert line == "iter {iter}, val loss {val_loss:.4f}: {sample}".format(**record)
         assert f"sample: {record['sample']}\n" in printed
         assert len(record["sample"]) > 20
 
-    stop_at(4)
-    train_here(text_bins, tmp_path / "parts", **SMALL, eval_interval=3)
+    stop_at(3)
+    train_here(text_bins, tmp_path / "parts", **SMALL, eval_interval=2)
     stop_at(None)
-    train_well(text_bins, tmp_path / "parts", **SMALL, eval_interval=3, init_from="resume")
+    train_well(text_bins, tmp_path / "parts", **SMALL, eval_interval=2, init_from="resume")
     assert (tmp_path / "parts" / "samples.txt").read_text(encoding="utf-8") == text
 
 
 def test_neither_evaluations_nor_samples_nor_one_that_fails_change_the_training(
     text_bins, tmp_path, monkeypatch
 ):
-    printed = {"rare": train_well(text_bins, tmp_path / "rare", **SMALL, eval_interval=100)}
-    printed["often"] = train_well(text_bins, tmp_path / "often", **SMALL, eval_interval=2)
+    train_well(text_bins, tmp_path / "rare", **SMALL, eval_interval=100)
+    train_well(text_bins, tmp_path / "often", **SMALL, eval_interval=2)
     monkeypatch.setattr("onenight.trainer.begin_document", lambda *arguments: 1 / 0)
-    printed["failed"] = train_well(text_bins, tmp_path / "failed", **SMALL, eval_interval=2)
-    assert printed["failed"].count("division by zero") == 6  # the plan's and the evaluations'
+    printed = train_well(text_bins, tmp_path / "failed", **SMALL, eval_interval=2)
+    assert printed.count("division by zero") == 5  # the plan's and the evaluations'
     expected = load(tmp_path / "rare")["model"]
     for name in ("often", "failed"):
         weights = load(tmp_path / name)["model"]
@@ -617,7 +545,6 @@ def test_neither_evaluations_nor_samples_nor_one_that_fails_change_the_training(
     [
         ({"dataset": "no/such/data"}, "train.bin"),
         ({"init_from": "resume"}, "ckpt.pt"),
-        ({"init_from": "missing.pt"}, "missing.pt"),
         ({"init_from": "no/such/folder"}, "no/such/folder"),
         ({"device": "cuda:77"}, "cuda:77"),
         ({"n_head": 5}, "n_head=5"),
@@ -626,8 +553,3 @@ def test_neither_evaluations_nor_samples_nor_one_that_fails_change_the_training(
 def test_what_cannot_be_trained_is_refused_and_leaves_no_files(changes, word, bins, tmp_path):
     assert_one_sentence(train_here(bins, tmp_path, **changes), word)
     assert not list(tmp_path.iterdir())
-
-
-def test_an_out_dir_that_cannot_be_created_is_refused(bins, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert_one_sentence(train_here(bins, tmp_path / "file" / "out"), str(tmp_path / "file"))

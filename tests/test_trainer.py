@@ -1,17 +1,17 @@
-"""An iteration: the gradients, the update, and what is discarded, repeated or skipped."""
+"""An iteration: the gradients, the update, and what is repeated or skipped."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers import MUON, SmallMemory, gpt2_of, make_config, make_trainer, step
+from helpers import MUON, SmallMemory, gpt2_of, make_trainer, step
 from onenight.distributed import Ranks
 from onenight.errors import UserError
-from onenight.process import StopSignal
-from onenight.trainer import Progress, StopRequested, Trainer, model_args
+from onenight.trainer import Progress
 from onenight.windows import TrainWindows
 
 CPU = torch.device("cpu")
@@ -22,10 +22,6 @@ def make_weights_large(trainer):
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.mul_(3)
-
-
-def copy_weights(trainer):
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 def assert_weights(trainer, expected, atol=0.0):
@@ -85,7 +81,7 @@ def test_iterations_equal_those_of_a_plain_loop(bins):
         torch.testing.assert_close(ours[name], expected.detach(), rtol=0, atol=2e-4, msg=name)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("batch_size", [1, 16])
 def test_the_batch_size_does_not_change_what_the_tokens_of_an_iteration_teach(bins, batch_size):
     trainers = [
         make_trainer(bins, tokens_per_iter=512, gradient_accumulation_steps=0, batch_size=size)
@@ -106,14 +102,6 @@ def test_without_clipping_the_gradient_is_used_as_it_is(bins):
     assert norm_of_gradients(trainer.model.parameters()) == pytest.approx(grad_norm, rel=1e-5)
 
 
-def test_an_iteration_is_counted_in_iterations_windows_and_tokens(bins):
-    trainer = make_trainer(bins)
-    for _ in range(3):
-        step(trainer)
-    assert trainer.progress == Progress(iter_num=3, position=3 * 16, tokens=3 * 16 * 32)
-    assert trainer.epoch == 3 * 16 / (19_999 // 32 - 1)
-
-
 def test_dropout_depends_only_on_the_seed_the_iteration_and_the_process(bins):
     """On the same weights and the same windows."""
 
@@ -129,65 +117,13 @@ def test_dropout_depends_only_on_the_seed_the_iteration_and_the_process(bins):
     assert len({first, loss(seed=1), loss(iter_num=4), loss(rank=1)}) == 4
 
 
-def test_two_processes_take_the_windows_of_one(bins):
-    def windows(ranks):
-        trainer = make_trainer(bins, ranks=ranks)
-        seen = []
-
-        def look(x, y):
-            seen.extend(map(tuple, x.tolist()))
-            return trainer.model(x, y)
-
-        trainer.compiled_model = look
-        trainer.forward_backward()
-        return seen
-
-    both = windows(Ranks(rank=0, world_size=2)) + windows(Ranks(rank=1, world_size=2))
-    assert sorted(both) == sorted(windows(Ranks()))
-    assert len(set(both)) == 16
-
-
-# -----------------------------------------------------------------------------
-# A stop
-
-
-def test_a_stop_discards_the_iteration_or_evaluation_and_changes_nothing(bins):
-    trainer = make_trainer(bins, dropout=0.1)
-    undisturbed = make_trainer(bins, dropout=0.1)
-    assert step(trainer) == step(undisturbed)
-    calls = []
-
-    def call_and_stop(x, y):
-        calls.append(len(x))
-        trainer.stop.requested = True
-        return trainer.model(x, y)
-
-    trainer.compiled_model = call_and_stop
-    with pytest.raises(StopRequested):
-        trainer.accumulate()
-    assert calls == [8]  # of the two micro-batches
-    trainer.stop.requested = False
-    with pytest.raises(StopRequested):
-        trainer.mean_loss(trainer.val_tokens)
-    assert calls == [8, 8]
-
-    trainer.stop.requested = False
-    trainer.compiled_model = trainer.model
-    assert step(trainer) == step(undisturbed)
-    assert trainer.progress == undisturbed.progress
-    assert_weights(trainer, undisturbed.model.state_dict())
-
-
 # -----------------------------------------------------------------------------
 # Memory that runs out
 
 
-@pytest.mark.parametrize(
-    "batch_size, accumulation, limit, left",
-    [(8, 2, 3, 2), (12, 1, 4, 3), (7, 2, 3, 2)],
-)
+@pytest.mark.parametrize("batch_size, accumulation, limit, left", [(12, 1, 4, 3), (7, 2, 3, 2)])
 def test_memory_that_runs_out_makes_the_micro_batches_smaller_and_changes_nothing_else(
-    bins, capsys, batch_size, accumulation, limit, left
+    bins, batch_size, accumulation, limit, left
 ):
     """It runs out in the last micro-batch of the second iteration."""
     sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
@@ -197,19 +133,9 @@ def test_memory_that_runs_out_makes_the_micro_batches_smaller_and_changes_nothin
     for _ in range(3):
         # float32 sums in another order
         assert step(squeezed) == pytest.approx(step(undisturbed), rel=1e-4)
-    assert squeezed.compiled_model.calls[: 2 * accumulation] == [batch_size] * 2 * accumulation
     assert squeezed.micro_batch_size == left
-    assert f"--batch_size={left} " in capsys.readouterr().out
     assert squeezed.progress == undisturbed.progress
     assert_weights(squeezed, undisturbed.model.state_dict(), atol=2e-4)
-
-
-def test_memory_that_runs_out_in_an_evaluation(bins):
-    trainer = make_trainer(bins)
-    expected = trainer.mean_loss(trainer.val_tokens)
-    trainer.compiled_model = SmallMemory(trainer.model, 3, nth=3)
-    assert trainer.mean_loss(trainer.val_tokens) == pytest.approx(expected, rel=1e-6)
-    assert trainer.micro_batch_size == 2
 
 
 def test_one_window_that_does_not_fit_is_the_users_problem(bins):
@@ -220,29 +146,15 @@ def test_one_window_that_does_not_fit_is_the_users_problem(bins):
     assert trainer.compiled_model.calls == [8, 4, 2, 1]
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(bins):
-    trainer = make_trainer(bins)
-    trainer.compiled_model = lambda x, y: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        trainer.accumulate()
-
-
 # -----------------------------------------------------------------------------
 # Numbers that are not finite
 
 
-def spoil_gradient(trainer, factor):
-    """Multiply the gradient of the head by a factor, until remove() is called on what this
-    returns."""
-    return trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * factor)
-
-
-@pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_skips_the_update_of_all_optimizers(bins, factor):
+def test_a_gradient_that_is_not_finite_skips_the_update_of_all_optimizers(bins):
     trainer = make_trainer(bins, **MUON)
     step(trainer)
-    before = copy_weights(trainer)
-    hook = spoil_gradient(trainer, factor)
+    before = deepcopy(trainer.model.state_dict())
+    hook = trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
     for _ in range(2):
         _, grad_norm = step(trainer)
         assert not math.isfinite(grad_norm)
@@ -258,46 +170,6 @@ def test_a_gradient_that_is_not_finite_skips_the_update_of_all_optimizers(bins, 
     assert not torch.equal(trainer.model.lm_head.weight, before["lm_head.weight"])
 
 
-def test_a_loss_that_is_not_finite_skips_the_update(bins):
-    trainer = make_trainer(bins)
-    before = copy_weights(trainer)
-    trainer.accumulate()
-    trainer.update(math.nan)
-    assert trainer.skipped_in_row == 1
-    assert_weights(trainer, before)
-
-
-def make_float16_trainer(bins, **changes):
-    """Return a trainer that computes in float16, which train.py would not do on a CPU."""
-    config = replace(make_config(bins, **changes), dtype="float16")
-    trainer = Trainer(config, Ranks(), StopSignal())
-    trainer.open_data()
-    return trainer
-
-
-def test_float16_skips_an_overflow_with_a_smaller_scale_and_more_patience(bins):
-    trainer = make_float16_trainer(bins, **MUON)
-    for _ in range(3):  # head and outputs start at zero: no gradient passes them before
-        step(trainer)
-    before = copy_weights(trainer)
-    scale = trainer.scaler.get_scale()
-    hook = spoil_gradient(trainer, math.inf)
-    for _ in range(3):
-        step(trainer)
-    hook.remove()
-    assert trainer.scaler.get_scale() == scale / 8
-    assert_weights(trainer, before)
-    assert trainer.skipped_in_row == 3
-    # An initial scale of 2**16 may be halved 16 times before float16 can hold the gradients.
-    assert trainer.max_skipped_in_row > 16 > make_trainer(bins).max_skipped_in_row
-
-    step(trainer)
-    assert trainer.skipped_in_row == 0
-    for name, value in trainer.model.state_dict().items():
-        assert value.isfinite().all(), name
-        assert not torch.equal(value, before[name]), name
-
-
 def test_under_loss_scaling_the_step_is_the_same(bins):
     """The gradient is divided by the scale before it is clipped."""
     scaled = make_trainer(bins, grad_clip=0.1)
@@ -307,44 +179,3 @@ def test_under_loss_scaling_the_step_is_the_same(bins):
         assert step(scaled) == pytest.approx(step(plain), rel=1e-6)
     # A power of two changes no digits; the norm that is clipped is rounded differently.
     assert_weights(scaled, plain.model.state_dict(), atol=1e-5)
-
-
-def test_weights_with_one_infinite_value_are_not_finite(bins):
-    trainer = make_trainer(bins)
-    assert trainer.weights_are_finite()
-    with torch.no_grad():
-        trainer.model.transformer.h[1].ln_2.weight[31] = math.inf
-    assert not trainer.weights_are_finite()
-
-
-# -----------------------------------------------------------------------------
-# Evaluation, samples and shape
-
-
-def test_the_mean_loss_weights_every_token_equally(bins):
-    """The last window is shorter than the others."""
-    trainer = make_trainer(bins, dropout=0.5)
-    make_weights_large(trainer)
-    trainer.model.eval()
-    ids = torch.from_numpy(trainer.val_tokens.astype("int64"))
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(ids) - 1, 32):
-            window = ids[start : start + 33]
-            _, loss = trainer.model(window[None, :-1], window[None, 1:])
-            total += loss.item() * (len(window) - 1)
-    trainer.model.train()
-    expected = total / (len(ids) - 1)
-    assert trainer.mean_loss(trainer.val_tokens) == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_model_of_another_vocabulary_than_gpt2s_writes_no_sample(bins):
-    assert make_trainer(bins).sample() == ""
-
-
-def test_the_vocabulary_is_padded_to_a_multiple_of_64_or_that_of_the_checkpoint(bins, tmp_path):
-    assert model_args(make_config(bins))["vocab_size"] == 256  # meta.json has 250
-    assert model_args(make_config(tmp_path))["vocab_size"] == 50304  # GPT-2's, without meta.json
-    config = make_config(bins, init_from="x.pt")
-    checkpoint = {"model_args": {**config.shape, "vocab_size": 300}}
-    assert model_args(config, checkpoint)["vocab_size"] == 300

@@ -41,7 +41,7 @@ def epochs(n, count, seed=1):
 # Training
 
 
-@pytest.mark.parametrize("n", [9, 16, 24, 160, 161, 168, 1003])
+@pytest.mark.parametrize("n", [9, 24, 160, 161, 1003])
 def test_an_epoch_has_each_window_once(n):
     for starts in epochs(n, 4):
         gaps = np.diff(sorted(starts))
@@ -57,11 +57,7 @@ def test_the_order_is_shuffled_and_changes_with_the_epoch_and_the_seed():
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
-def test_the_borders_between_windows_change_with_the_epoch():
-    assert len({min(starts) % BLOCK for starts in epochs(1000, 20)}) > BLOCK // 2
-
-
-@pytest.mark.parametrize("n", range(5 * BLOCK, 6 * BLOCK))
+@pytest.mark.parametrize("n", [40, 47])
 def test_every_token_is_used_within_some_epochs(n):
     seen = {start for starts in epochs(n, 200) for start in starts}
     inputs = {start + i for start in seen for i in range(BLOCK)}
@@ -75,12 +71,11 @@ def test_the_order_is_that_of_earlier_versions():
     assert starts[-5:] == [222, 436, 52, 788, 684]
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-@pytest.mark.parametrize("position", [0, 1, 122, 123, 124, 300])
-def test_the_order_depends_on_the_position_and_not_on_the_batch_size(position, batch_size):
+@pytest.mark.parametrize("position", [1, 123, 300])
+def test_the_order_depends_on_the_position_and_not_on_the_batch_size(position):
     whole = take(TrainWindows(ramp(1000), BLOCK, seed=7), 0, position + 154)  # over an epoch
     windows = TrainWindows(ramp(1000), BLOCK, seed=7)
-    assert take(windows, position, 154, batch_size) == whole[position:]
+    assert take(windows, position, 154, batch_size=7) == whole[position:]
     assert take(windows, 2, 7, 7) == whole[2:9]  # nor on the batches before
 
 
@@ -111,23 +106,15 @@ def eval_rows(n, batch_size, max_tokens, ranks=ALONE):
     return x[~is_padding], y[~is_padding]
 
 
-@pytest.mark.parametrize("n", [2, BLOCK, BLOCK + 1, BLOCK + 2, 10 * BLOCK, 10 * BLOCK + 1, 1003])
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("n", [2, BLOCK, BLOCK + 1, BLOCK + 2, 1003])
+@pytest.mark.parametrize("batch_size", [1, 16])
 def test_a_small_split_is_evaluated_completely(n, batch_size):
     _, y = eval_rows(n, batch_size, max_tokens=100_000)
     targets = y[y != IGNORED].tolist()
     assert targets == list(range(1, n))  # each token once, but nothing precedes the first
 
 
-@pytest.mark.parametrize("max_tokens", [100_000, 25 * BLOCK])
-def test_the_evaluation_does_not_depend_on_the_batch_size(max_tokens):
-    one, three, many = (eval_rows(1003, batch_size, max_tokens) for batch_size in (1, 3, 64))
-    for other in (three, many):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
-
-
-@pytest.mark.parametrize("taken", [1, 2, 7, 60, 99, 124])
+@pytest.mark.parametrize("taken", [1, 7, 99])
 def test_a_large_split_is_evaluated_at_evenly_spread_windows(taken):
     n = 1000  # 125 windows
     x, y = eval_rows(n, 4, max_tokens=taken * BLOCK)
@@ -140,12 +127,7 @@ def test_a_large_split_is_evaluated_at_evenly_spread_windows(taken):
     assert gaps.max() - gaps.min() <= BLOCK
 
 
-def test_at_least_one_window_is_evaluated():
-    assert len(eval_rows(1000, 4, max_tokens=1)[0]) == 1
-
-
-@pytest.mark.parametrize("max_tokens", [100_000, 25 * BLOCK])
-def test_the_ranks_evaluate_the_same_windows_as_one_process(max_tokens):
-    whole = eval_rows(1003, 4, max_tokens)[0][:, 0].tolist()
-    by_rank = [eval_rows(1003, 4, max_tokens, Ranks(rank, 3))[0][:, 0] for rank in range(3)]
+def test_the_ranks_evaluate_the_same_windows_as_one_process():
+    whole = eval_rows(1003, 4, 25 * BLOCK)[0][:, 0].tolist()
+    by_rank = [eval_rows(1003, 4, 25 * BLOCK, Ranks(rank, 3))[0][:, 0] for rank in range(3)]
     assert sorted(torch.cat(by_rank).tolist()) == whole

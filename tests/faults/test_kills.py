@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-import train as train_script
-from forks import Training, assert_same_end, assert_same_run, at, needs_fork
+from forks import Training, assert_same_run, at, needs_fork
 from helpers import load
 
 pytestmark = needs_fork
@@ -46,19 +45,3 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one_whole(
     assert resumed.end() == 0, resumed.output()
     assert_same_run(undisturbed, tmp_path)
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_power_cut_between_two_evaluations_costs_some_minutes(
-    bins, undisturbed, tmp_path, monkeypatch
-):
-    """Here a checkpoint is due after 0.1 seconds instead of ten minutes."""
-    monkeypatch.setattr(train_script, "SAVE_S", 0.1)
-    monkeypatch.setattr("onenight.schedule.SAVE_S", 0.1)
-    training = Training(bins, tmp_path, eval_interval=1000)
-    training.wait_for_iter(30)
-    training.process.kill()
-    assert training.end() == -signal.SIGKILL
-    assert 0 < load(tmp_path)["iter_num"] < 60
-    resumed = Training(bins, tmp_path, init_from="resume", eval_interval=15)
-    assert resumed.end() == 0, resumed.output()
-    assert_same_end(undisturbed, tmp_path)

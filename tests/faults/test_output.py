@@ -1,14 +1,12 @@
-"""A run survives its terminal, its pipe, the file that it prints to, and Weights & Biases."""
+"""A run survives its terminal, its pipe, and the file that it prints to."""
 
 import os
 import signal
-import sys
-from types import SimpleNamespace
 
 import pytest
 
-from forks import RUN, Training, needs_fork
-from helpers import load, metrics, train_here
+from forks import Training, needs_fork
+from helpers import load, metrics
 
 
 def print_to_a_full_disk():
@@ -58,30 +56,3 @@ def test_a_run_whose_terminal_is_closed_is_saved(bins, tmp_path):
     os.close(controller)
     assert training.end() == 128 + signal.SIGHUP
     assert load(tmp_path)["iter_num"] > 20
-
-
-def test_without_a_network_wandb_is_offline_and_its_errors_cost_nothing(
-    bins, tmp_path, monkeypatch
-):
-    modes = []
-    steps = []
-
-    def init(**options):
-        modes.append(options["mode"])
-        if options["mode"] == "online":
-            raise ConnectionError("no network")
-        return SimpleNamespace(id="1", log=log)
-
-    def log(record, step):
-        steps.append(step)
-        if len(steps) > 4:
-            raise OSError("the disk is full")
-
-    package = SimpleNamespace(Settings=dict, login=lambda **options: True, init=init)
-    monkeypatch.setitem(sys.modules, "wandb", package)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    result = train_here(bins, tmp_path, **{**RUN, "wandb_log": True, "max_iters": 6})
-    assert result.returncode == 0, result.stderr
-    assert modes == ["online", "offline"]
-    assert steps == [0, *range(6), 6]  # evaluations at 0 and 6
-    assert load(tmp_path)["iter_num"] == 6

@@ -1,6 +1,6 @@
 """Two runs in one folder would overwrite each other's files."""
 
-from forks import ENDLESS, RUN, Training, needs_fork
+from forks import RUN, Training, needs_fork
 from helpers import metrics, train_here
 
 SHORT = {**RUN, "max_iters": 3}
@@ -8,7 +8,7 @@ SHORT = {**RUN, "max_iters": 3}
 
 @needs_fork
 def test_a_second_run_is_refused_until_the_first_is_gone(bins, tmp_path):
-    first = Training(bins, tmp_path, **ENDLESS)
+    first = Training(bins, tmp_path, max_iters=10**7, eval_interval=10**7)
     first.wait_for_iter(3)
     second = train_here(bins, tmp_path, **SHORT)
     assert second.returncode == 1

@@ -2,10 +2,9 @@
 
     python tests/torture/train.py --ends=30 --iters=3000 --seed=1
 
-It is ended by kill -9 or by one of the signals after which it saves; now and then a second run is
-started in the same folder, which must be refused. In the end, weights, optimizer and metrics must
-be bit for bit those of an undisturbed run, whose memory and open files are printed. Fails with a
-traceback if anything differs.
+It is ended by kill -9 or by one of the signals after which it saves. In the end, weights, optimizer
+and metrics must be bit for bit those of an undisturbed run, whose memory and open files are
+printed. Fails with a traceback if anything differs.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "faults")]
 
-from forks import assert_same_run  # noqa: E402
+from forks import STOP_SIGNALS, assert_same_run  # noqa: E402
 from helpers import load, make_bins, start_training  # noqa: E402
 
 SETTINGS = {
@@ -33,17 +32,7 @@ SETTINGS = {
     "eval_tokens": 128,
     "init_from": "auto",
 }
-SECOND_START = 0.3  # the probability of a second run in the same folder
 REQUEST = 0.5  # the probability that a run is ended by one of these and not by kill -9
-STOP_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGXCPU,
-)
 
 
 def main():
@@ -68,10 +57,6 @@ def torture(folder: Path, ends: int, iters: int, rng: random.Random):
         process = start_training(folder, out_dir, **settings)
         while not process.stdout.readline().startswith("iter"):
             assert process.poll() is None, process.stderr.read()
-        if rng.random() < SECOND_START:
-            second = start_training(folder, out_dir, **settings)
-            _, errors = second.communicate()
-            assert second.returncode == 1 and str(out_dir) in errors, errors
         # On average an end comes after an equal part of the run, so that the run outlasts them.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=rng.uniform(0, 2 * seconds / (ends + 1)))
