@@ -127,14 +127,14 @@ def settings_here(
 ) -> TrainConfig:
     """Return the settings that the run really uses on this machine, with the shape of the
     checkpoint that it starts from."""
+    is_resumed = config.init_from == "resume"
     earlier_int8 = None
+    if is_resumed and checkpoint:
+        earlier_int8 = checkpoint.get("config", {}).get("int8")
     if checkpoint:
-        is_resumed = config.init_from == "resume"
-        if is_resumed:
-            earlier_int8 = checkpoint.get("config", {}).get("int8")
-        # A run that began from weights has their shape, whatever the config says.
-        has_own_shape = is_resumed and checkpoint.get("started_from") == "scratch"
-        must_match = has_own_shape and not config.eval_only
+        # A run that began from weights keeps their shape, whatever the config says.
+        is_from_scratch = checkpoint.get("started_from", "scratch") == "scratch"
+        must_match = is_resumed and is_from_scratch and not config.eval_only
         config = config.with_shape_of(checkpoint["model_args"], must_match)
     device, dtype, compiled = set_up_device(device_name, config.dtype, config.compile)
     config = resolve(config, device, dtype, compiled, ranks.world_size)

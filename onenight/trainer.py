@@ -308,7 +308,7 @@ class Trainer:
         self.model.load_state_dict(checkpoint["model"])
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        names = [field.name for field in fields(Progress)]
+        names = {field.name for field in fields(Progress)} & checkpoint.keys()
         self.progress = Progress(**{name: checkpoint[name] for name in names})
         self.skipped_in_row = 0
 
