@@ -234,6 +234,12 @@ def test_muon_learns_and_the_rate_of_each_group_is_recorded(bins, tmp_path):
 CONSTANT = {"learning_rate": 0.0, "eval_tokens": 512}  # val loss never improves
 
 
+def test_a_learning_rate_below_min_lr_is_never_raised(bins, tmp_path):
+    train_well(bins, tmp_path, **{**SHORT, "learning_rate": 3e-5, "min_lr": 6e-5})
+    rates = [record["lr"] for record in metrics(tmp_path) if "lr" in record]
+    assert max(rates) == rates[-1] == 3e-5
+
+
 def test_without_always_save_checkpoint_only_a_better_evaluation_saves(bins, tmp_path):
     settings = {**SHORT, "always_save_checkpoint": False}
     better = train_well(bins, tmp_path / "better", **settings)
