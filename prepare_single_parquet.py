@@ -6,9 +6,9 @@ Turns text into data/fineweb/{train,val}.bin and meta.json.
 
 Reads parquet, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) and .txt files, each of which is one
 document, and folders of them. Each document becomes its GPT-2 tokens and one end-of-text token.
-Every 200th document goes to val.bin; it is cut in two if it is longer than 1 % of all text and than
-8,192 bytes. The format is nanoGPT's: little-endian uint16 without a header. If it is interrupted,
-at any moment, run the same command again to continue.
+Every 200th document goes to val.bin, or --val_fraction of them; of a very long one only a part. The
+format is nanoGPT's: little-endian uint16 without a header. If it is interrupted, at any moment, run
+the same command again to continue.
 """
 
 from onenight.startup import run_script

@@ -40,7 +40,15 @@ from onenight.errors import UserError
 from onenight.int8 import resolve_int8
 from onenight.optim import learning_rates, set_rates, state_numbers
 from onenight.page import write_page
-from onenight.plan import Plan, make_plan, measure, print_card_plan, print_outline, print_plan
+from onenight.plan import (
+    Plan,
+    Speed,
+    make_plan,
+    measure,
+    print_card_plan,
+    print_outline,
+    print_plan,
+)
 from onenight.process import StopSignal, lock_folder
 from onenight.records import Records
 from onenight.schedule import LOG_S, RETRY_S, SAVE_S, Clock
@@ -63,8 +71,8 @@ class Run:
 
     trainer: Trainer
     clock: Clock
-    plan: Plan | None  # None if the run only evaluates
     out_dir: Path
+    plan: Plan | None = None  # None if the run only evaluates
     records: Records | None = None
     reloaded_iter: int | None = None  # the iteration of the checkpoint that was reloaded last
     is_compared: bool = False  # with the plan
@@ -98,20 +106,26 @@ def main(arguments: list[str]):
             checkpoint = load_start(config.init_from, out_dir)
         config = settings_here(config, checkpoint, device, ranks)
 
-        # The model, and the plan
+        # The model
         stop = StopSignal()
         trainer = Trainer(config, ranks, stop, checkpoint)
+        run = Run(trainer, clock, out_dir)
         if not config.plan:
             trainer.open_data()
-        plan = plan_run(trainer, clock)
+
+        # The plan; its measurement needs optimizers without a state
+        speed = measure_speed(trainer)
+        if checkpoint and config.init_from == "resume":
+            resume(run, checkpoint)
+        del checkpoint  # a second copy of weights and optimizers, in the CPU's memory
+        if speed:
+            run.plan = make_plan(trainer, speed, clock.elapsed())
+            print_plan(trainer, run.plan)
+            clock.eval_s = run.plan.eval_s
         if config.plan:
             return
 
         # The training
-        run = Run(trainer, clock, plan, out_dir)
-        if config.init_from == "resume":
-            resume(run, checkpoint)
-        del checkpoint  # a second copy of weights and optimizers, in the CPU's memory
         if config.eval_only:
             evaluate(run)
         elif clock.fraction(trainer.progress.iter_num) >= 1 and not evaluation_is_due(run, True):
@@ -141,9 +155,8 @@ def settings_here(
     return replace(config, int8=resolve_int8(config.int8, device, dtype, earlier_int8))
 
 
-def plan_run(trainer: Trainer, clock: Clock) -> Plan | None:
-    """Print and return how long the run will take, and how much memory; None if it only
-    evaluates."""
+def measure_speed(trainer: Trainer) -> Speed | None:
+    """Print what the run is, and return how fast it is here; None if it only evaluates."""
     config = trainer.config
     name = config.device
     if trainer.device.type == "cuda":
@@ -152,11 +165,7 @@ def plan_run(trainer: Trainer, clock: Clock) -> Plan | None:
     if config.eval_only:
         return None
     print_outline(trainer.model, config, free_memory(trainer.device, config.vram_limit_gb), name)
-    speed = measure(trainer)
-    plan = make_plan(trainer, speed, clock.elapsed())
-    print_plan(trainer, plan)
-    clock.eval_s = plan.eval_s
-    return plan
+    return measure(trainer)
 
 
 def resume(run: Run, checkpoint: dict):
@@ -429,9 +438,11 @@ def compare_with_plan(run: Run):
     slowdown = run.plan.tokens_per_s / tokens_per_s
     if 1 / MAX_SLOWDOWN < slowdown < MAX_SLOWDOWN:
         return
-    new = f"done in {duration(run.clock.seconds_left(run.trainer.progress.iter_num))}"
+    iter_num = run.trainer.progress.iter_num
+    new = f"done in {duration(run.clock.seconds_left(iter_num))}"
     if run.trainer.config.hours:
-        new = f"about {run.plan.iters / slowdown:,.0f} iterations instead of {run.plan.iters:,}"
+        iters = iter_num + (run.plan.iters - iter_num) / slowdown
+        new = f"about {iters:,.0f} iterations instead of {run.plan.iters:,}"
     print(
         f"speed: {tokens_per_s:,.0f} tokens/s instead of {run.plan.tokens_per_s:,.0f} as planned; "
         f"{new}"
@@ -451,7 +462,8 @@ def print_summary(run: Run):
     print(f"iterations: {progress.iter_num:,}")
     print(f"tokens: {progress.tokens:,}")
     print(f"epochs: {trainer.epoch:.2f}")
-    print(f"best_val_loss: {progress.best_val_loss:.4f} at iter {progress.best_iter:,}")
+    if progress.evaluated_iter >= 0:
+        print(f"best_val_loss: {progress.best_val_loss:.4f} at iter {progress.best_iter:,}")
     print(f"skipped_iterations: {progress.skipped_iters}")
     print(f"time: {duration(run.clock.elapsed())}")
     if run.clock.iters:
@@ -460,7 +472,8 @@ def print_summary(run: Run):
     allocated, _ = peak_memory_gb(trainer.device)
     if allocated:
         print(f"peak_memory_gb: {allocated:.2f}")
-    print(f"loss picture: {run.out_dir / 'loss.png'}")
+    if (run.out_dir / "loss.png").exists():
+        print(f"loss picture: {run.out_dir / 'loss.png'}")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,7 @@ def render(records: list[dict], trainer: Trainer, clock: Clock, plan: Plan, endi
         status=escape(ending or f"running, at iteration {iter_num:,}"),
         loss=escape(describe_loss(records, config)),
         note=escape(note),
-        # The number makes a browser read the picture again when it reloads the page.
-        picture=f"loss.png?iter={iter_num}",
+        picture=picture(Path(config.out_dir), iter_num),
         comparison=table(compare(records, trainer, clock, plan, ending)),
         samples=samples(records),
         settings=table([(key, str(value)) for key, value in asdict(config).items()]),
@@ -68,6 +67,16 @@ def describe_loss(records: list[dict], config: TrainConfig) -> str:
         label = config.reference_label or "the reference"
         text += f"; {abs(distance):.2f} {side} {config.reference_loss:g}, {label}"
     return text
+
+
+def picture(out_dir: Path, iter_num: int) -> str:
+    """Return loss.png as HTML, or "" before it exists."""
+    if not (out_dir / "loss.png").exists():
+        return ""
+    # The number makes a browser read the picture again when it reloads the page.
+    link = f"loss.png?iter={iter_num}"
+    image = f'<img src="{link}" alt="losses and learning rate against tokens">'
+    return f'<a class="picture" href="{link}">{image}</a>'
 
 
 def compare(

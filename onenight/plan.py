@@ -283,18 +283,19 @@ class Plan:
 
 
 def make_plan(trainer: Trainer, speed: Speed, elapsed_s: float) -> Plan:
-    """Return the plan of a run from its start, which has taken `elapsed_s` seconds until now."""
+    """Return the plan of the whole run, which has taken `elapsed_s` seconds until now."""
     config = trainer.config
+    done = trainer.progress.iter_num
     iteration_s = speed.iteration_s(trainer)
     eval_s = speed.evaluation_s(trainer)
     with_eval_s = iteration_s + eval_s / config.eval_interval
     # The first evaluation and, on average, half of one at the end, which may be at an interval.
-    ends_s = 1.5 * eval_s
-    iters = config.max_iters
-    seconds = elapsed_s + iters * with_eval_s + ends_s
+    ends_s = (0.5 if done else 1.5) * eval_s
+    iters = max(done, config.max_iters)
+    seconds = elapsed_s + (iters - done) * with_eval_s + ends_s
     if config.hours:
         seconds = config.hours * 3600
-        iters = max(1, int((seconds - elapsed_s - ends_s) / with_eval_s))
+        iters = max(1, done + int((seconds - elapsed_s - ends_s) / with_eval_s))
     memory = predict_memory(trainer.model, config, trainer.micro_batch_size)
     return Plan(
         tokens_per_s=config.tokens_per_iter / iteration_s,
@@ -317,4 +318,7 @@ def print_plan(trainer: Trainer, plan: Plan):
     )
     if config.hours:
         print(f"iterations: {plan.iters:,}, {describe_tokens(config, plan.tokens)}")
-    print(f"time: {duration(plan.seconds)}, evaluations included")
+    line = f"time: {duration(plan.seconds)}, evaluations included"
+    if trainer.progress.iter_num:
+        line += f"; {duration(trainer.progress.elapsed_s)} of it have passed"
+    print(line)

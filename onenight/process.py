@@ -26,6 +26,7 @@ STOP_SIGNALS = (
     "SIGXCPU",
     "SIGBREAK",
 )
+STOPPING = b"\nstopping after this micro-batch; press Ctrl-C again to stop without saving\n"
 # What a disk says of an operation that it does not have.
 NOT_OFFERED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -61,7 +62,7 @@ class StopSignal:
         self.exit_status = 128 + number
         # Not print(), which the signal may have interrupted. The terminal may be gone.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nsaving and stopping; press Ctrl-C again to stop without saving\n")
+            os.write(2, STOPPING)
 
 
 # -----------------------------------------------------------------------------

@@ -160,6 +160,8 @@ def test_all_settings_are_listed(run):
 
 def test_the_page_loads_only_the_picture_beside_it_and_each_new_one(run):
     run.trainer.progress.iter_num = 20
+    assert page_of(run).attributes("img") == []  # none is drawn before the first evaluation
+    run.path.with_name("loss.png").touch()
     page = page_of(run)
     assert [image["src"] for image in page.attributes("img")] == ["loss.png?iter=20"]
     assert "//" not in page.html
@@ -190,8 +192,9 @@ def test_a_run_writes_a_page_at_its_start_at_each_evaluation_and_at_its_end(
     monkeypatch.setattr(train_script, "write_page", write_and_read)
     result = train_here(bins, tmp_path, max_iters=5, eval_interval=2, eval_tokens=512)
     assert result.returncode == 0, result.stderr
-    shown = [page.attributes("img")[0]["src"].partition("=")[2] for page in pages]
-    assert shown == ["0", "0", "2", "4", "5", "5"]
+    assert pages[0].attributes("img") == []  # there is no evaluation yet
+    shown = [page.attributes("img")[0]["src"].partition("=")[2] for page in pages[1:]]
+    assert shown == ["0", "2", "4", "5", "5"]
     assert [page.reloads for page in pages] == [True] * 5 + [False]
     assert "running" in pages[0].texts("p")[0]
     assert pages[-1].texts("p")[0] == "done"

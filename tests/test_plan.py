@@ -199,6 +199,18 @@ def test_the_time_is_that_of_all_iterations_and_evaluations(bins):
     assert (plan.iters, plan.tokens) == (100, 51_200)
 
 
+def test_the_plan_of_a_resumed_run_counts_only_what_is_left(bins):
+    trainer = make_trainer(bins, max_iters=100, eval_interval=10)
+    trainer.progress.iter_num = 60
+    plan = make_plan(trainer, SPEED, elapsed_s=700.0)
+    assert plan.seconds == pytest.approx(700 + 40 * 0.2 + 4.5 * plan.eval_s)
+    assert plan.iters == 100
+    trainer = make_trainer(bins, hours=0.5, eval_interval=1000)
+    trainer.progress.iter_num = 60
+    plan = make_plan(trainer, SPEED, elapsed_s=1700.0)
+    assert plan.iters == 60 + (100 - 0.5 * plan.eval_s) // (0.2 + plan.eval_s / 1000)
+
+
 def test_two_processes_halve_the_windows_of_each_but_not_the_update(bins):
     plan = make_plan(make_trainer(bins, ranks=Ranks(0, 2)), SPEED, elapsed_s=0.0)
     assert plan.tokens_per_s == pytest.approx(512 / (8 * 0.01 + 0.04))
