@@ -217,10 +217,10 @@ def measure_steps(trainer: Trainer) -> Speed:
     sample_s = 0.0
     try:
         if not is_slow:
+            [sample_s] = seconds_of([trainer.sample], trainer.device)
             # Once to warm up, and to allocate the optimizers' state.
             for job in jobs:
                 job()
-            [sample_s] = seconds_of([trainer.sample], trainer.device)
         micro_step_s, update_s, eval_step_s = seconds_of(jobs, trainer.device)
     finally:
         trainer.compiled_model = compiled_model
