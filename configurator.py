@@ -51,9 +51,9 @@ def configure(cls, arguments: list[str], doc: str):
     """Return an instance of the dataclass `cls`, and the values that later arguments have replaced.
 
     An argument is a config file (its name ends in .py), ``--key=value`` or ``--key value``,
-    ``--key`` (sets a bool to True), ``--help`` (prints `doc` and every setting, and exits), or a
-    plain path, which is appended to ``paths`` if the class has a field of that name. Raises
-    UserError.
+    ``--key`` alone (True, for a setting that may be True), ``--help`` (prints `doc` and every
+    setting, and exits), or a plain path, which is appended to ``paths`` if the class has a field of
+    that name. Raises UserError.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "paths"}
     parser = make_parser(cls, fields, doc)

@@ -1,4 +1,5 @@
-"""The package behind the stage scripts. Each module imports only those before it:
+"""The package behind the stage scripts. Each module imports only those before it; startup alone
+imports device too, once a script has run out of memory:
 
 errors, wording, startup, process: sentences, the console, signals, locks, files
 tokenizer, text, bins, distributed, windows: from text to windows of tokens

@@ -164,7 +164,8 @@ def limit_memory(vram_limit_gb: float, device: torch.device):
 
 
 def release_memory(device: torch.device):
-    """Return the memory of freed tensors to the device, after it has run out."""
+    """Return the memory of freed tensors to the device, after it has run out, and measure the peak
+    anew."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
