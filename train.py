@@ -58,9 +58,9 @@ from onenight.wording import duration
 
 SLOW_EVAL_S = 30  # announce evaluations that take longer
 GIVE_UP_S = 3600  # how long a finished run keeps trying to save
-# Compare the speed with the plan after this fraction of the run, and after this many iterations.
+# Compare the speed with the plan after this fraction of the run, and this many seconds of training.
 EARLY = 0.01
-EARLY_ITERS = 10
+EARLY_S = 30
 MAX_SLOWDOWN = 1.1  # do not report smaller differences
 
 
@@ -264,7 +264,7 @@ def train(run: Run) -> str:
         is_at_interval = (trainer.progress.iter_num - 1) % config.log_interval == 0
         if is_at_interval or clock.now() >= clock.next_log:
             log(run, loss, grad_norm)
-        if fraction >= EARLY and clock.iters >= EARLY_ITERS and not run.is_compared:
+        if fraction >= EARLY and clock.iters_s >= EARLY_S and not run.is_compared:
             compare_with_plan(run)
 
 
@@ -434,7 +434,7 @@ def log(run: Run, loss: float, grad_norm: float):
 def compare_with_plan(run: Run):
     """Print a line if the run is slower or faster than planned."""
     run.is_compared = True
-    tokens_per_s = run.trainer.config.tokens_per_iter / run.clock.s_per_iter()
+    tokens_per_s = run.trainer.config.tokens_per_iter * run.clock.iters / run.clock.iters_s
     slowdown = run.plan.tokens_per_s / tokens_per_s
     if 1 / MAX_SLOWDOWN < slowdown < MAX_SLOWDOWN:
         return

@@ -20,9 +20,9 @@ from onenight.wording import duration
 
 MAX_EPOCHS = 4  # more epochs help little: Muennighoff et al., arXiv:2305.16264
 # Each job is measured this many times, or fewer if that takes longer than this many seconds on
-# average, but at least once.
-MEASURED_TIMES = 15
-MEASURED_S = 2.0
+# average, but at least once. On a shared machine, a second or two would say little.
+MEASURED_TIMES = 50
+MEASURED_S = 3.0
 # On a CPU, if a micro-batch needs more FLOPs than this, one window is measured, without warming up.
 MAX_CPU_FLOPS = 1e12
 INT8_GAIN = 1.05  # int8=auto uses int8 if an iteration is at least this many times as fast

@@ -316,5 +316,6 @@ def test_the_speed_is_the_median_for_each_window(bins, monkeypatch, max_flops, w
 
 def test_a_run_that_is_much_slower_than_planned_says_so(bins, tmp_path, monkeypatch, no_pictures):
     monkeypatch.setattr(train_script, "measure", lambda trainer: Speed(1e-8, 1e-8, 1e-8))
+    monkeypatch.setattr(train_script, "EARLY_S", 0.0)
     result = train_here(bins, tmp_path, max_iters=14, eval_tokens=512, eval_interval=100)
     assert result.stdout.count("\nspeed: ") == 2, result.stdout
