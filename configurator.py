@@ -29,6 +29,7 @@ from onenight.errors import UserError, first_line
 PROJECT = Path(__file__).parent
 IN_RANGE = {"low": operator.ge, "above": operator.gt, "high": operator.le, "below": operator.lt}
 RANGE_WORDS = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
+SWITCH_VALUES = {"true": True, "false": False}
 TYPE_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -120,11 +121,17 @@ def with_equals(arguments: list[str], fields: dict[str, dataclasses.Field]) -> l
     """Return the arguments with --key=value for --key value and --key, and --config_file=FILE.py
     for FILE.py: argparse applies flags in order, but not flags and files."""
     result = []
-    remaining = iter(arguments)
-    for argument in remaining:
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
         field = fields.get(argument[2:])
         if argument.startswith("--") and field:
-            argument += "=True" if is_switch(field) else f"={next(remaining, '')}"
+            value = remaining[0] if remaining else ""
+            if is_switch(field) and not is_switch_value(field, value):
+                value = "True"
+            else:
+                remaining = remaining[1:]
+            argument += f"={value}"
         elif argument.endswith(".py") and not argument.startswith("-"):
             argument = f"--config_file={argument}"
         result.append(argument)
@@ -136,11 +143,16 @@ def is_switch(field: dataclasses.Field) -> bool:
     return field.type is bool or True in field.metadata["choices"]
 
 
+def is_switch_value(field: dataclasses.Field, text: str) -> bool:
+    """Return whether the argument after a switch is its value."""
+    return text.lower() in SWITCH_VALUES or text in field.metadata["choices"]
+
+
 def read_text(field: dataclasses.Field, text: str):
     """Return the value that a flag gives. Raises UserError."""
     value = text
     if is_switch(field):
-        value = {"true": True, "false": False}.get(text.lower(), text)
+        value = SWITCH_VALUES.get(text.lower(), text)
     elif field.type in (int, float):
         with contextlib.suppress(ValueError):  # check() says what it should be
             value = float(text)  # 6e3 is a whole number too

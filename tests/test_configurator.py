@@ -73,8 +73,10 @@ def config_file(tmp_path):
         (["--max_iters=1_000"], "max_iters", 1000),
         (["--learning_rate=1"], "learning_rate", 1.0),
         (["--compile=False"], "compile", False),
+        (["--compile", "false"], "compile", False),
         (["--eval_only"], "eval_only", True),
         (["--int8=auto"], "int8", "auto"),
+        (["--int8", "auto"], "int8", "auto"),
         (["--out_dir", "a.py"], "out_dir", "a.py"),  # not a config file
         (["--note", "--max_iters=3"], "note", "--max_iters=3"),
         (["--note=2+2=4"], "note", "2+2=4"),
@@ -97,7 +99,7 @@ def test_a_flag_has_the_type_of_its_setting(flags, key, value):
         ("--max_iters=6000.5", "6000.5"),
         ("--max_iters=0", "max_iters"),
         ("--hours=nan", "nan"),
-        ("--compile False", "False"),  # a switch takes no value after a space
+        ("--compile never", "never"),
         ("--optimizer=sgd", "sgd"),
         ("--out_dir=nowhere", "somewhere"),  # the class refuses it
     ],
