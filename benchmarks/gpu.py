@@ -52,7 +52,7 @@ LONG_NIGHT = "config/train_fineweb_4070.py"
 # For every run of train.py: the memory that the project is made for, also on a larger card, next to
 # no evaluation, and int8 only where it is measured.
 SETTINGS = (
-    "--vram_limit_gb=12 --max_iters=6 --log_interval=1 --eval_interval=1000 --eval_iters=0 "
+    "--vram_limit_gb=12 --max_iters=6 --log_interval=1 --eval_interval=1000 "
     "--eval_tokens=16384 --int8=False --wandb_log=False"
 )
 # A model whose losses are compared, iteration by iteration.

@@ -4,7 +4,7 @@
 
 out_dir = "out-fineweb-single-parquet"
 eval_interval = 500
-eval_iters = 200
+eval_tokens = 3_276_800  # eval_iters=200 of 16 windows, whatever batch_size becomes
 log_interval = 50
 always_save_checkpoint = True
 

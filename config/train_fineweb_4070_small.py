@@ -3,7 +3,7 @@
 
 out_dir = "out-fineweb-single-parquet-small"
 eval_interval = 500
-eval_iters = 200
+eval_tokens = 3_276_800
 log_interval = 50
 always_save_checkpoint = True
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,7 @@ CIRCULATING = {
     "gradient_accumulation_steps": 32,
     "batch_size": 16,
     "block_size": 1024,
+    "eval_tokens": 200 * 16 * 1024,  # eval_iters=200
     "n_layer": 12,
     "n_head": 12,
     "n_embd": 768,
@@ -157,6 +159,15 @@ CIRCULATING = {
 def test_the_long_night_is_the_circulating_config():
     ours = resolved("config/train_fineweb_4070.py")
     assert {key: getattr(ours, key) for key in CIRCULATING} == CIRCULATING
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_smaller_micro_batch_changes_nothing_but_the_number_of_them(name):
+    whole = resolved(ROOT / "config" / name)
+    size = whole.batch_size // 2
+    half = resolved(ROOT / "config" / name, f"--batch_size={size}")
+    steps = 2 * whole.gradient_accumulation_steps
+    assert half == replace(whole, batch_size=size, gradient_accumulation_steps=steps)
 
 
 def test_the_plans_in_the_documentation_are_what_the_program_prints(tmp_path, monkeypatch):
