@@ -264,8 +264,8 @@ def seconds_of(jobs: list[Callable], device: torch.device) -> list[float]:
         for job in jobs:
             began = time.perf_counter()
             job()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             times[job].append(time.perf_counter() - began)
     return [max(statistics.median(seconds), SHORTEST_S) for seconds in times.values()]
 

@@ -49,7 +49,7 @@ class TrainWindows:
         next_key = (position + batch_size * stride, batch_size, stride)
         self._ahead = {next_key: self._reader.submit(self._read, *next_key, device)}
         x, y = reading.result()
-        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        return move(x, y, device)
 
     def _read(self, position: int, batch_size: int, stride: int, device: torch.device):
         starts = [self._start(position + i * stride) for i in range(batch_size)]
@@ -91,7 +91,7 @@ def eval_batches(
     starts += [len(tokens)] * n_padding
     for first in range(0, len(starts), batch_size):
         x, y = read_windows(tokens, starts[first : first + batch_size], block_size, device)
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        yield move(x, y, device)
 
 
 def read_windows(tokens: np.ndarray, starts: list[int], block_size: int, device: torch.device):
@@ -113,3 +113,10 @@ def read_windows(tokens: np.ndarray, starts: list[int], block_size: int, device:
     if device.type == "cuda":
         return x.pin_memory(), y.pin_memory()
     return x, y
+
+
+def move(x: torch.Tensor, y: torch.Tensor, device: torch.device):
+    """Return both on the device. Only from pinned memory is an asynchronous copy safe: other memory
+    may be used anew before it is done, as on MPS."""
+    is_pinned = device.type == "cuda"
+    return x.to(device, non_blocking=is_pinned), y.to(device, non_blocking=is_pinned)
