@@ -56,6 +56,8 @@ def choose_device(device: str) -> torch.device:
     try:
         probe = torch.ones(1, device=device)
         probe.item()
+        if probe.device.type == "cuda":
+            torch.cuda.set_device(probe.device)  # for torch's functions that take no device
         return probe.device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device={device} is not available here ({first_line(error)})")
