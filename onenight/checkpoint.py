@@ -17,7 +17,7 @@ from onenight.device import DTYPES
 from onenight.distributed import Ranks
 from onenight.errors import UserError, first_line
 from onenight.hf import read_folder
-from onenight.process import free_space, replacing
+from onenight.process import PARTIAL, free_space, replacing
 from onenight.settings import TrainConfig
 from onenight.tokenizer import VOCAB_SIZE
 
@@ -125,7 +125,9 @@ def check_space(out_dir: Path, parameters: int, state_numbers: int):
     twice while it is replaced. `state_numbers`: how many numbers the optimizers keep. Raises
     UserError."""
     needed = 4 * (2 * (parameters + state_numbers) + 2 * parameters)
-    existing = [out_dir / name for name in (LATEST, BEST) if (out_dir / name).exists()]
+    # The files that saves replace, and what a crash has left of them.
+    names = [LATEST, BEST, LATEST + PARTIAL, BEST + PARTIAL]
+    existing = [out_dir / name for name in names if (out_dir / name).exists()]
     free = free_space(out_dir) + sum(path.stat().st_size for path in existing)
     if free < needed:
         raise UserError(

@@ -27,6 +27,7 @@ STOP_SIGNALS = (
     "SIGBREAK",
 )
 STOPPING = b"\nstopping after this micro-batch; press Ctrl-C again to stop without saving\n"
+PARTIAL = ".partial"  # ends the name of a file that is not yet complete
 # What a disk says of an operation that it does not have.
 NOT_OFFERED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -105,7 +106,7 @@ def lock_folder(folder: Path):
 def replacing(path: Path, mode: str = "wb"):
     """Open a temporary file that replaces `path` when the block ends without an exception, so that
     at every moment `path` has the complete old or the complete new content. Raises OSError."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = path.with_name(path.name + PARTIAL)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -92,7 +92,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_space_is_needed_for_both_checkpoints_while_they_are_replaced(tmp_path, monkeypatch):
     """Two of ckpt.pt, with the optimizer's state, and two of best.pt: with 1 GB of weights and
     2 GB of state, 8 GB."""
-    (tmp_path / "ckpt.pt").write_bytes(bytes(1000))  # will be replaced
+    # What will be replaced, and what a crash while saving left.
+    (tmp_path / "ckpt.pt").write_bytes(bytes(600))
+    (tmp_path / "ckpt.pt.partial").write_bytes(bytes(400))
     usage = namedtuple("usage", "total free")
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(10**12, 8 * 10**9 - 1000))
     check_space(tmp_path, 250_000_000, 500_000_000)
