@@ -16,6 +16,7 @@ SIGUSR1 save a checkpoint and stop.
 from onenight.startup import run_script
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -337,7 +338,8 @@ def record_evaluation(run: Run, train_loss: float, val_loss: float):
         "train_loss_eval": train_loss,
         "elapsed_s": round(run.clock.elapsed(), 2),
     }
-    sample = run.trainer.sample()
+    # Sampling from logits that are not finite would end the run on a GPU.
+    sample = run.trainer.sample() if math.isfinite(val_loss) else ""
     if sample:
         print(f"sample: {sample}")
         record["sample"] = sample
