@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onenight.errors import UserError, first_line
+from onenight.tokenizer import EOT_TEXT
 
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -128,8 +129,7 @@ def read_batches(path: Path, text_column: str) -> Iterator[Batch]:
     if kind == ".parquet":
         return read_parquet(path, text_column)
     if kind == ".txt":
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        return iter([make_batch([text], file_done=1.0)])
+        return read_txt(path)
     return read_json_lines(path, text_column)
 
 
@@ -213,7 +213,22 @@ def token_counts(batch: pa.RecordBatch) -> np.ndarray | None:
 
 
 # -----------------------------------------------------------------------------
-# JSON lines
+# .txt and JSON lines
+
+
+def read_txt(path: Path) -> Iterator[Batch]:
+    """Yield a file as one document, or as those that <|endoftext|> separates in it."""
+    text = path.read_bytes()
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as Windows' programs write
+        text = text.decode("utf-16", "replace").encode()
+    text = text.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
+    documents = text.split(EOT_TEXT.encode())
+    if len(documents) > 1:
+        documents = [document.strip() for document in documents]
+    size = max(1, min(BATCH_ROWS, BATCH_BYTES * len(documents) // max(1, len(text))))
+    for first in range(0, len(documents), size):
+        rows = documents[first : first + size]
+        yield make_batch(rows, (first + len(rows)) / len(documents))
 
 
 def read_json_lines(path: Path, text_key: str) -> Iterator[Batch]:

@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# JSON lines and .txt
+# .txt and JSON lines
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -193,9 +193,25 @@ def test_a_compressed_file_may_have_several_parts(tmp_path):
 def test_a_txt_file_is_one_document(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo \xff\n")
-    assert read(path) == [b"one\r\n\r\ntwo \xff\n"]
+    assert read(path) == [b"one\n\ntwo \xff\n"]
     path.write_text("")
     assert read(path) == []
+
+
+def test_a_txt_file_is_several_documents_if_end_of_text_separates_them(tmp_path):
+    """As in the .txt files of TinyStories."""
+    path = tmp_path / "a.txt"
+    stories = [f"story {i}\n\nwith two paragraphs" for i in range(1000)]
+    path.write_text("\n<|endoftext|>\n".join([*stories, ""]))
+    assert read(path) == encode(stories)
+    assert sum(batch.rows for batch in read_batches(path, "text")) == 1001
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+def test_a_txt_file_of_windows_is_read(codec, tmp_path):
+    text = "one\r\nzwei ü\r\n"
+    (tmp_path / "a.txt").write_bytes(f"\ufeff{text}".encode(codec))
+    assert read(tmp_path / "a.txt") == encode(["one\nzwei ü\n"])
 
 
 # -----------------------------------------------------------------------------
