@@ -50,7 +50,7 @@ class BinsWriter:
 
         earlier = read_json(self.journal)
         is_same_job = earlier.get("job") == job
-        if is_same_job and all(path.exists() for path in self.paths.values()):
+        if is_same_job and self.has_all_tokens(earlier["state"]):
             self.state = earlier["state"]
         else:
             if not (is_same_job or overwrite):
@@ -75,6 +75,14 @@ class BinsWriter:
             file = open(path, "ab")
             file.truncate(self.state[split]["tokens"] * TOKEN_DTYPE.itemsize)
             self.files[split] = file
+
+    def has_all_tokens(self, state: dict) -> bool:
+        """Return whether the files have all tokens of a state: a power cut may lose the last
+        ones."""
+        return all(
+            path.exists() and path.stat().st_size >= state[split]["tokens"] * TOKEN_DTYPE.itemsize
+            for split, path in self.paths.items()
+        )
 
     @property
     def tokens(self) -> int:

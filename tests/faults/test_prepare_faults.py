@@ -91,6 +91,17 @@ def test_a_preparation_that_is_stopped_at_random_moments_continues(number, sourc
     assert read_files(tmp_path) == whole
 
 
+def test_a_preparation_whose_last_tokens_a_power_cut_lost_begins_again(source, whole, tmp_path):
+    process = start(PREPARE_OFTEN, source, f"--out_dir={tmp_path}", "--num_workers=1")
+    wait_until(lambda: position(tmp_path) > (0, 0))
+    process.kill()
+    process.communicate()
+    os.truncate(tmp_path / "train.bin.partial", 100)
+    result = run(PREPARE_OFTEN, source, f"--out_dir={tmp_path}")
+    assert "continuing" not in result.stdout
+    assert read_files(tmp_path) == whole
+
+
 def test_a_kill_at_any_step_of_writing_leaves_complete_files(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", TEXTS[:300])
     old = tmp_path / "old"
