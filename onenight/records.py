@@ -147,10 +147,11 @@ def draw_losses(
     ]
     low = min(shown)
     high = max(shown)
-    if reference_loss and low < reference_loss + NEAR:
+    if reference_loss and low - NEAR < reference_loss < high + NEAR:
         label = f"{reference_label or 'reference'}: {reference_loss:g}"
         loss_axes.axhline(reference_loss, color="black", linestyle="--", linewidth=1, label=label)
         low = min(low, reference_loss)
+        high = max(high, reference_loss)
     margin = 0.05 * (high - low) + 0.01
     loss_axes.set_ylim(low - margin, high + margin)
     title = f"iter {evals[-1]['iter']:,}: val loss {evals[-1]['val_loss']:.3f}" if evals else ""

@@ -138,6 +138,15 @@ def test_the_reference_is_drawn_once_the_losses_are_near(loss, is_drawn, draw):
     assert (low < 3.28) == is_drawn
 
 
+@pytest.mark.parametrize("loss, is_drawn", [(2.2, False), (2.4, True)])
+def test_the_reference_is_drawn_while_the_losses_are_near(loss, is_drawn, draw):
+    """For a run that begins with a lower loss."""
+    losses, _ = draw(evaluations(loss, loss), 3.28, "GPT-2")
+    assert ("GPT-2: 3.28" in labels(losses)) == is_drawn
+    _, high = losses.get_ylim()
+    assert (high > 3.28) == is_drawn
+
+
 @pytest.mark.parametrize("records", [[STEP], evaluations(2.0)])
 def test_a_single_record_is_drawn(records, draw):
     losses, _ = draw(records)
