@@ -95,6 +95,8 @@ def model_card(name: str, theirs, checkpoint: dict) -> str:
     best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
     if math.isfinite(best_val_loss):
         table["best val loss"] = f"{best_val_loss:.4f} nats per token"
+        if "best_iter" in checkpoint:  # maybe not the iteration of these weights
+            table["best val loss"] += f", at iteration {checkpoint['best_iter']:,}"
     return CARD.format(
         name=name,
         millions=theirs.num_parameters() / 1e6,

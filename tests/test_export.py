@@ -85,7 +85,8 @@ def test_the_card_of_a_run_has_its_facts(tmp_path):
     assert result.returncode == 0, result.stderr
     assert export(tmp_path, tmp_path / "my-gpt").returncode == 0
     card = card_of(tmp_path / "my-gpt")
-    val_loss = min(line["val_loss"] for line in metrics(tmp_path) if "val_loss" in line)
+    evaluations = [line for line in metrics(tmp_path) if "val_loss" in line]
+    best = min(evaluations, key=lambda line: line["val_loss"])
     for fact in [
         "# my-gpt",
         "a GPT2LMHeadModel with GPT-2's tokenizer",
@@ -93,7 +94,7 @@ def test_the_card_of_a_run_has_its_facts(tmp_path):
         "| data | my_web |",
         f"| training | 2 iterations, {2 * 2 * 8 * 32:,} tokens |",
         "| optimizer | adamw, learning rate 0.01 |",
-        f"| best val loss | {val_loss:.4f} nats per token |",
+        f"| best val loss | {best['val_loss']:.4f} nats per token, at iteration {best['iter']} |",
     ]:
         assert fact in card
     assert str(tmp_path) not in card
@@ -105,7 +106,7 @@ def test_the_card_of_a_run_has_its_facts(tmp_path):
     assert run_here(export_script, *flags).returncode == 0
     assert "context 32 tokens" in card_of(again)
     assert "my_web" not in card_of(again)
-    assert f"{val_loss:.4f}" not in card_of(again)
+    assert f"{best['val_loss']:.4f}" not in card_of(again)
 
 
 def test_the_code_in_the_card_runs(folder, monkeypatch, capsys):
