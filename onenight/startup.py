@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Callable
 
-from onenight.errors import UserError
+from onenight.errors import UserError, first_line
 
 # Whether the GPU is run by Windows' driver, as it also is in WSL2.
 WINDOWS_GPU_DRIVER = sys.platform == "win32" or "microsoft" in platform.release().lower()
@@ -95,4 +95,4 @@ def run_script(main: Callable, outputs=("stdout", "stderr")):
 
         if not is_out_of_memory(error):
             raise
-        sys.exit(f"out of memory ({str(error).splitlines()[0]})")
+        sys.exit(f"out of memory ({first_line(error)})")
