@@ -436,7 +436,7 @@ def log(run: Run, loss: float, grad_norm: float):
 def compare_with_plan(run: Run):
     """Print a line if the run is slower or faster than planned."""
     run.is_compared = True
-    tokens_per_s = run.trainer.config.tokens_per_iter * run.clock.iters / run.clock.iters_s
+    tokens_per_s = run.trainer.config.tokens_per_iter / run.clock.s_per_iter()
     slowdown = run.plan.tokens_per_s / tokens_per_s
     if 1 / MAX_SLOWDOWN < slowdown < MAX_SLOWDOWN:
         return

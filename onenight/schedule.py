@@ -15,7 +15,7 @@ from onenight.distributed import Ranks
 from onenight.settings import TrainConfig
 from onenight.wording import duration
 
-RECENT_ITERS = 20  # the median of these predicts the rest, so one pause does not distort it
+RECENT_ITERS = 50  # the median of these predicts the rest, so one pause does not distort it
 LOG_S = 30  # print a line if nothing was printed for this long
 SAVE_S = 600  # save if the last checkpoint is older than this: what a power cut can cost
 SHORTEST_S = 1e-6  # no measured time counts as less, because speeds divide by it
