@@ -4,11 +4,11 @@ Turns text into data/fineweb/{train,val}.bin and meta.json.
     python prepare_single_parquet.py data/fineweb/train/000_00000.parquet
     python prepare_single_parquet.py FILE_OR_FOLDER ... --out_dir=data/mine --val_fraction=0.01
 
-Reads parquet, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) and .txt files, each of which is one
-document, and folders of them. Each document becomes its GPT-2 tokens and one end-of-text token.
-Every 200th document goes to val.bin, or --val_fraction of them; of a very long one only a part. The
-format is nanoGPT's: little-endian uint16 without a header. If it is interrupted, at any moment, run
-the same command again to continue.
+Reads parquet, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) and .txt files, and folders of them. A
+.txt file is one document, or several if <|endoftext|> separates them. Each document becomes its
+GPT-2 tokens and one end-of-text token. Every 200th document goes to val.bin, or --val_fraction of
+them; of a very long one only a part. The format is nanoGPT's: little-endian uint16 without a
+header. If it is interrupted, at any moment, run the same command again to continue.
 """
 
 from onenight.startup import run_script

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from onenight.errors import UserError
-from onenight.process import flush, rename, replacing
+from onenight.process import PARTIAL, flush, rename, replacing
 from onenight.tokenizer import EOT, VOCAB_SIZE
 
 SPLITS = ("train", "val")
@@ -46,7 +46,7 @@ class BinsWriter:
         self.expected_bytes = expected_bytes
         self.val_fraction = Fraction(str(job["val_fraction"]))  # 0.005 is exactly 1/200
         self.journal = out_dir / "prepare.json"
-        self.paths = {split: out_dir / f"{split}.bin.partial" for split in SPLITS}
+        self.paths = {split: out_dir / f"{split}.bin{PARTIAL}" for split in SPLITS}
 
         earlier = read_json(self.journal)
         is_same_job = earlier.get("job") == job

@@ -46,7 +46,8 @@ def set_up_device(device: str, dtype: str, compiled: bool) -> tuple[torch.device
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device of that name; "auto" is a GPU if there is one, or else the CPU."""
+    """Return the device of that name, and make it the current one; "auto" is a GPU if there is one,
+    or else the CPU."""
     if device == "auto":
         device = "cpu"
         if torch.cuda.is_available():

@@ -14,7 +14,7 @@ import torch
 
 from model import GPT, RMS_NORM_EPS, ROTARY_BASE, GPTConfig
 from onenight.errors import UserError, first_line
-from onenight.process import rename
+from onenight.process import PARTIAL, rename
 from onenight.tokenizer import EOT, EOT_TEXT, VOCAB_SIZE, encode_document, read_ranks
 
 # Names in GPTConfig, and in the configs of both of transformers' architectures.
@@ -132,7 +132,7 @@ def read_folder(name: str) -> dict:
 def write_folder(target: Path, model, tokenizer, card: str):
     """Write transformers' model and tokenizer and the model card to the new folder `target`, which
     appears only when it is complete. Raises UserError if it cannot be written."""
-    temporary = target.with_name(target.name + ".partial")
+    temporary = target.with_name(target.name + PARTIAL)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)

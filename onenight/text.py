@@ -223,11 +223,11 @@ def read_txt(path: Path) -> Iterator[Batch]:
         text = text.decode("utf-16", "replace").encode()
     text = text.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
     documents = text.split(EOT_TEXT.encode())
-    if len(documents) > 1:
-        documents = [document.strip() for document in documents]
     size = max(1, min(BATCH_ROWS, BATCH_BYTES * len(documents) // max(1, len(text))))
     for first in range(0, len(documents), size):
         rows = documents[first : first + size]
+        if len(documents) > 1:
+            rows = [row.strip() for row in rows]
         yield make_batch(rows, (first + len(rows)) / len(documents))
 
 
