@@ -100,3 +100,13 @@ def test_weights_that_are_not_finite_are_not_saved_by_a_stop(bins, tmp_path, mon
     assert stopped.end() == 128 + signal.SIGTERM, stopped.output()
     assert load(tmp_path)["iter_num"] == 15
     assert_finite(tmp_path, "ckpt.pt", "best.pt")
+
+
+def test_weights_whose_val_loss_is_not_finite_write_no_sample(bins, tmp_path, monkeypatch):
+    """On a GPU, sampling from NaN would end the process."""
+    monkeypatch.setattr(Trainer, "sample", lambda trainer: "a sample")
+    monkeypatch.setattr(Trainer, "mean_loss", lambda trainer, tokens: math.nan)
+    result = train_here(bins, tmp_path, max_iters=2)
+    assert result.returncode == 0, result.stderr
+    assert "a sample" not in result.stdout
+    assert not any("sample" in record for record in metrics(tmp_path))
