@@ -436,7 +436,7 @@ def log(run: Run, loss: float, grad_norm: float):
 def compare_with_plan(run: Run):
     """Print a line if the run is slower or faster than planned."""
     run.is_compared = True
-    tokens_per_s = run.trainer.config.tokens_per_iter / run.clock.s_per_iter()
+    tokens_per_s = mean_tokens_per_s(run)
     slowdown = run.plan.tokens_per_s / tokens_per_s
     if 1 / MAX_SLOWDOWN < slowdown < MAX_SLOWDOWN:
         return
@@ -449,6 +449,11 @@ def compare_with_plan(run: Run):
         f"speed: {tokens_per_s:,.0f} tokens/s instead of {run.plan.tokens_per_s:,.0f} as planned; "
         f"{new}"
     )
+
+
+def mean_tokens_per_s(run: Run) -> float:
+    """Return the speed of this session's iterations, without evaluations and saves."""
+    return run.clock.iters * run.trainer.config.tokens_per_iter / run.clock.iters_s
 
 
 def show_page(run: Run, ending: str = ""):
@@ -469,8 +474,7 @@ def print_summary(run: Run):
     print(f"skipped_iterations: {progress.skipped_iters}")
     print(f"time: {duration(run.clock.elapsed())}")
     if run.clock.iters:
-        tokens_per_s = run.clock.iters * trainer.config.tokens_per_iter / run.clock.iters_s
-        print(f"tokens_per_s: {tokens_per_s:,.0f}")
+        print(f"tokens_per_s: {mean_tokens_per_s(run):,.0f}")
     allocated, _ = peak_memory_gb(trainer.device)
     if allocated:
         print(f"peak_memory_gb: {allocated:.2f}")

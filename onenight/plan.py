@@ -155,7 +155,8 @@ class Speed:
         return windows * self.micro_step_s + self.update_s
 
     def evaluation_s(self, trainer: Trainer) -> float:
-        """Return the seconds of an evaluation of both splits, without its checkpoints."""
+        """Return the seconds of an evaluation of both splits, without its checkpoints and
+        picture."""
         config = trainer.config
         tokens = 0
         for split in ("train", "val"):
@@ -217,10 +218,10 @@ def measure_steps(trainer: Trainer) -> Speed:
     sample_s = 0.0
     try:
         if not is_slow:
-            [sample_s] = seconds_of([trainer.sample], trainer.device)
             # Once to warm up, and to allocate the optimizers' state.
-            for job in jobs:
+            for job in [trainer.sample, *jobs]:
                 job()
+            [sample_s] = seconds_of([trainer.sample], trainer.device)
         micro_step_s, update_s, eval_step_s = seconds_of(jobs, trainer.device)
     finally:
         trainer.compiled_model = compiled_model
@@ -254,8 +255,8 @@ def steps_of(trainer: Trainer, windows: int) -> list[Callable]:
 
 
 def seconds_of(jobs: list[Callable], device: torch.device) -> list[float]:
-    """Return the median seconds of each job. They run in turn, so that a slow phase of the machine
-    affects all alike."""
+    """Return the mean seconds of each job: a run pays for its slow moments too, which a median
+    would leave out. They run in turn, so that a slow phase of the machine affects all alike."""
     times = {job: [] for job in jobs}
     n = 0
     end = time.perf_counter() + MEASURED_S * len(jobs)
@@ -267,7 +268,7 @@ def seconds_of(jobs: list[Callable], device: torch.device) -> list[float]:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             times[job].append(time.perf_counter() - began)
-    return [max(statistics.median(seconds), SHORTEST_S) for seconds in times.values()]
+    return [max(statistics.fmean(seconds), SHORTEST_S) for seconds in times.values()]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The plan: the memory and the time that a run is expected to take, calculated or measured."""
 
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -288,15 +289,17 @@ def test_a_micro_batch_that_does_not_fit_is_halved_before_the_run(bins):
 
 
 @pytest.mark.parametrize("max_flops, windows", [(1e12, 8), (0, 1)])
-def test_the_speed_is_the_median_for_each_window(bins, monkeypatch, max_flops, windows):
-    """By a clock that only the parts of the run advance; a few calls take ten times as long."""
-    clock = SimpleNamespace(seconds=0.0, calls=0)
+def test_the_speed_is_the_mean_for_each_window(bins, monkeypatch, max_flops, windows):
+    """By a clock that only the parts of the run advance; every fifth call is six times as slow, so
+    that the mean is twice what most calls take."""
+    clock = SimpleNamespace(seconds=0.0)
     trainer = make_trainer(bins)
 
     def slowed(function, seconds):
+        calls = itertools.count(1)
+
         def call(*arguments):
-            clock.calls += 1
-            clock.seconds += seconds * (10 if clock.calls % 7 == 0 else 1)
+            clock.seconds += seconds * (6 if next(calls) % 5 == 0 else 1)
             return function(*arguments)
 
         return call
@@ -306,12 +309,13 @@ def test_the_speed_is_the_median_for_each_window(bins, monkeypatch, max_flops, w
     [optimizer] = trainer.optimizers.values()
     optimizer.step = slowed(optimizer.step, 0.05)
     monkeypatch.setattr(plan_module, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
-    monkeypatch.setattr(plan_module, "MEASURED_S", 2.0)
+    monkeypatch.setattr(plan_module, "MEASURED_TIMES", 10)
+    monkeypatch.setattr(plan_module, "MEASURED_S", 3.0)
     monkeypatch.setattr(plan_module, "MAX_CPU_FLOPS", max_flops)
     speed = measure(trainer)
-    assert speed.micro_step_s == pytest.approx(0.08 / windows)
-    assert speed.update_s == pytest.approx(0.05)
-    assert speed.eval_step_s == pytest.approx(0.04 / windows)
+    assert speed.micro_step_s == pytest.approx(2 * 0.08 / windows)
+    assert speed.update_s == pytest.approx(2 * 0.05)
+    assert speed.eval_step_s == pytest.approx(2 * 0.04 / windows)
 
 
 def test_a_run_that_is_much_slower_than_planned_says_so(bins, tmp_path, monkeypatch, no_pictures):
